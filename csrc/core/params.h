@@ -1,0 +1,80 @@
+// The plain structures that travel from the binding to a kernel. Passed to GPU kernels by value.
+//
+// Shapes stand in brackets, strides are in elements. "accum" is float, or double for fp64 inputs.
+// A batch is either padded ([batch, seq, heads, dim], cu_seqlens null) or packed ("varlen":
+// [total, heads, dim], batch_stride 0, sequence b holding rows cu_seqlens[b] to cu_seqlens[b + 1]).
+#pragma once
+
+#include <cstdint>
+
+namespace flash_attn {
+
+enum class DType : int8_t { kFloat16, kBFloat16, kFloat32, kFloat64 };
+
+constexpr int kMaxHeadDim = 256;
+
+// [batch, seq, heads, dim]; the dim stride is always 1.
+struct TensorRef {
+  void* data;
+  int64_t batch_stride;
+  int64_t row_stride;
+  int64_t head_stride;
+};
+
+// [batch, heads_q, seq_q] when padded, [heads_q, total_q] when packed; the row stride is 1. accum.
+struct RowsRef {
+  void* data;
+  int64_t batch_stride;  // 0 when packed
+  int64_t head_stride;
+};
+
+// What the forward and the backward share.
+struct AttentionParams {
+  TensorRef q, k, v, out;
+  RowsRef lse;  // natural logarithm, sink included; +inf for a row that sees no key and has no sink
+
+  int batch, heads_q, heads_kv, head_dim;
+  int seqlen_q, seqlen_k;         // padded: the lengths; packed: the maxima
+  int total_q, total_k;           // packed: rows in all; padded: batch * seqlen
+  const int32_t* cu_seqlens_q;    // [batch + 1] or null
+  const int32_t* cu_seqlens_k;    // [batch + 1] or null
+  const int32_t* seqused_k;       // [batch] or null: keys in use, at most the sequence's length
+
+  double softmax_scale;
+  float softcap;                  // 0: off; else scores become softcap * tanh(score / softcap)
+  int window_left, window_right;  // keys visible either side of the diagonal; -1: no bound
+  const float* alibi_slopes;      // [heads_q] or [batch, heads_q], or null
+  int64_t alibi_batch_stride;
+  const void* sink;               // [heads_q] accum, or null: one more logit in every row's sum
+
+  float dropout_p;                // 0: off
+  const int64_t* rng_state;       // [2] seed and offset, in device memory; null when dropout_p == 0
+
+  DType dtype;
+  bool performance_mode;          // bf16 multiplies for fp16 data, P and dS narrowed toward zero
+  bool aligned;                   // every pointer and stride of q k v out (dout) allows 16-byte access
+};
+
+struct ForwardParams : AttentionParams {
+  // Keys are folded in chunks of split_size (a multiple of block_n, boundaries at absolute multiples);
+  // 0: one chunk. num_splits > 1: as many blocks share a row's chunks, and a combine kernel folds them.
+  int split_size;
+  int num_splits;
+  bool deterministic;             // no split by heuristic: the batch's size must not change a row's bits
+  void* partial_out;              // accum [num_splits, batch, heads_q, seqlen_q, head_dim], not normalised
+  void* partial_max;              // accum [num_splits, batch, heads_q, seqlen_q], log2 units
+  void* partial_sum;              // accum [num_splits, batch, heads_q, seqlen_q]
+  // [batch, heads_q, seqlen_q, seqlen_k] in q's dtype, contiguous, or null: probabilities, negative where dropped.
+  void* s_dmask;
+};
+
+struct BackwardParams : AttentionParams {
+  TensorRef dout, dq, dk, dv;
+  RowsRef dlse;                   // gradient of the returned LSE; data null: zero
+  RowsRef delta;                  // rowsum(dout * out) - dlse, written by the preprocess kernel
+  void* dq_accum;                 // accum, in fragment order: see backward_workspace
+  int32_t* dq_turn;               // [batch, heads_q, query blocks], zero on entry; null: order is free
+  bool deterministic;
+};
+
+}  // namespace flash_attn

@@ -1,0 +1,117 @@
+// A block of a tensor in scratch, in the forms that its uses multiply it in. What the multiplies do not need, rows
+// beyond the tensor's end and columns beyond head_dim, is neither stored nor multiplied, but for rounding up to kExtent.
+#pragma once
+
+#include "fragment.h"
+
+namespace flash_attn {
+namespace FA_ISA {
+
+template <class T, int ROWS, int COLS, unsigned USES, Layout LAYOUT, Rounding R>
+class Tile {
+ public:
+  using Unit = typename Factor<T>::Unit;
+  using Scalar = AccumOf<T>;
+  static constexpr int kPer = Factor<T>::kPerUnit;
+
+  // The side that lies in vectors wants its k from line to line, the other reads k (or its rows) unit by unit.
+  static constexpr unsigned kInVectors = LAYOUT == kRowsInVectors ? kMK : kNK;
+  static constexpr bool kHasColumns = USES & kInVectors;            // [COLS / kPer][ROWS], k = the columns
+  static constexpr bool kHasPlain = USES & (kMK | kNK) & ~kInVectors;  // [ROWS][COLS / kPer], k = the columns
+  static constexpr bool kHasPaired = USES & (kKM | kKN);            // [ROWS / kPer][COLS], k = the rows
+  static constexpr bool kOneForm = kPer == 1 && kHasPlain && kHasPaired;  // those two are the same then
+
+  static constexpr int kFormBytes = ROWS * COLS / kPer * int(sizeof(Unit));
+  static constexpr int kForms = int(kHasColumns) + int(kHasPlain) + int(kHasPaired) - int(kOneForm);
+  static constexpr int kHeaderBytes = 128;  // extents; keeps the forms aligned
+  static constexpr int kStagingBytes = USES & kStaging ? ROWS * COLS * int(sizeof(T)) : 0;
+  static constexpr int kBytes =
+      kHeaderBytes + (kForms * kFormBytes > kStagingBytes ? kForms * kFormBytes : kStagingBytes);
+  static_assert(kFormBytes % 64 == 0 && ROWS % kExtent == 0 && COLS % kExtent == 0, "vectors are whole");
+
+  explicit FA_INLINE Tile(char* shared) : shared_(shared) {}
+
+  FA_INLINE void load(const T* src, int64_t row_stride, int rows, int cols, bool) {
+    rows = rows < ROWS ? rows : ROWS;
+    set_extents(round_up(rows), round_up(cols));
+    if constexpr (kHasColumns) load_columns(src, row_stride, rows, cols);
+    if constexpr (kHasPlain || (kHasPaired && kPer == 1)) load_plain(src, row_stride, rows, cols);
+    if constexpr (kHasPaired && kPer == 2) load_paired(src, row_stride, rows, cols);
+  }
+  FA_INLINE void land() {}
+
+  // A staging tile keeps elements for write(); another one takes part in multiplies.
+  FA_INLINE void put(const Accumulator<Scalar, ROWS, COLS, LAYOUT>& from) {
+    if constexpr (bool(USES & kStaging)) {
+      stage(from);
+    } else {
+      static_assert(LAYOUT == kColsInVectors && !kHasColumns, "lines of the accumulator are the tile's rows");
+      set_extents(ROWS, COLS);
+      if constexpr (kPer == 1) {
+        round_row<T, R>(from.data(), kHasPlain ? plain() : paired(), ROWS * COLS);
+      } else {
+        if constexpr (kHasPlain) narrow_row<T, R>(from.data(), reinterpret_cast<T*>(plain()), ROWS * COLS);
+        if constexpr (kHasPaired) pack_lines<T, R>(from.data(), paired(), ROWS, COLS);
+      }
+    }
+  }
+
+  FA_INLINE void write(T* dst, int64_t row_stride, int rows, int cols, bool) const {
+    for (int row = 0; row < rows && row < ROWS; ++row) {
+      __builtin_memcpy(dst + row * row_stride, staging() + row * COLS, cols * sizeof(T));
+    }
+  }
+
+  FA_INLINE int rows() const { return extents()[0]; }  // rounded up to kExtent
+  FA_INLINE int cols() const { return extents()[1]; }
+
+  FA_INLINE Unit* columns() const { return form(0); }
+  FA_INLINE Unit* plain() const { return form(kHasColumns); }
+  FA_INLINE Unit* paired() const { return form(int(kHasColumns) + int(kHasPlain && !kOneForm)); }
+
+ private:
+  static FA_INLINE int round_up(int extent) { return (extent + kExtent - 1) / kExtent * kExtent; }
+  FA_INLINE int32_t* extents() const { return reinterpret_cast<int32_t*>(shared_); }
+  FA_INLINE void set_extents(int rows, int cols) { extents()[0] = rows, extents()[1] = cols; }
+  FA_INLINE Unit* form(int index) const { return reinterpret_cast<Unit*>(shared_ + kHeaderBytes + index * kFormBytes); }
+  FA_INLINE T* staging() const { return reinterpret_cast<T*>(shared_ + kHeaderBytes); }
+
+  FA_INLINE void load_columns(const T* src, int64_t row_stride, int row_count, int col_count) {
+    for (int row = 0; row < row_count; ++row) {
+      transpose_row<T>(src + row * row_stride, columns() + row, ROWS, col_count, cols());
+    }
+    for (int line = 0; line < cols() / kPer; ++line) {
+      for (int row = row_count; row < rows(); ++row) columns()[line * ROWS + row] = 0;
+    }
+  }
+  FA_INLINE void load_plain(const T* src, int64_t row_stride, int row_count, int col_count) {
+    for (int row = 0; row < rows(); ++row) {
+      Unit* line = (kHasPlain ? plain() : paired()) + row * (COLS / kPer);
+      convert_row<T>(src + row * row_stride, line, row < row_count ? col_count : 0, cols());
+    }
+  }
+  FA_INLINE void load_paired(const T* src, int64_t row_stride, int row_count, int col_count) {
+    for (int row = 0; row < rows(); row += 2) {
+      const T* even = src + row * row_stride;
+      const T* odd = row + 1 < row_count ? even + row_stride : nullptr;
+      interleave_rows(even, odd, paired() + row / 2 * COLS, row < row_count ? col_count : 0, cols());
+    }
+  }
+
+  FA_INLINE void stage(const Accumulator<Scalar, ROWS, COLS, LAYOUT>& from) {
+    if constexpr (LAYOUT == kColsInVectors) {
+      narrow_row<T, Rounding::kNearestEven>(from.data(), staging(), ROWS * COLS);
+    } else {
+      for (int row = 0; row < ROWS; ++row) {
+        for (int col = 0; col < COLS; ++col) {
+          staging()[row * COLS + col] = narrow<T>(from.data()[from.reg(row, col)]);
+        }
+      }
+    }
+  }
+
+  char* shared_;
+};
+
+}  // namespace FA_ISA
+}  // namespace flash_attn

@@ -1,0 +1,65 @@
+// Dropout regenerated, not stored: a keep bit is a function of (seed, offset, batch, head, query, key) alone.
+//
+// Philox-4x32-10 (Salmon et al., SC 2011) gives 128 bits for a patch of eight elements, 16 bits each. The patch is
+// shaped after the matrix instructions' accumulators: rows {r, r + 8}, columns {c, c + 1, c + 8, c + 9} of a 16 x 16 square.
+#pragma once
+
+#include "../../core/params.h"
+#include "../compat.cuh"
+
+namespace flash_attn {
+
+FA_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return uint32_t((uint64_t(a) * b) >> 32); }
+
+class Dropout {
+ public:
+  FA_DEVICE Dropout(const AttentionParams& p, int batch, int head)
+      : enabled_(p.dropout_p > 0), threshold_(uint32_t((1.0f - p.dropout_p) * 65536.0f + 0.5f)) {
+    if (!enabled_) return;
+    const uint64_t seed = uint64_t(p.rng_state[0]), offset = uint64_t(p.rng_state[1]);
+    key_[0] = uint32_t(seed) ^ uint32_t(offset >> 32);
+    key_[1] = uint32_t(seed >> 32);
+    offset_ = uint32_t(offset);
+    sequence_ = uint32_t(batch * p.heads_q + head);
+  }
+
+  FA_DEVICE bool enabled() const { return enabled_; }
+
+  // Calls f(reg, keep) for every element of an accumulator whose element (0, 0) is (query, key) = (row0, col0),
+  // both multiples of 16.
+  template <class Accumulator, class F>
+  FA_DEVICE void for_each(int row0, int col0, F&& f) const {
+    Accumulator::for_each_patch([&](int row, int col, const int(&reg)[8]) {
+      uint32_t bits[4];
+      random(uint32_t(row0 + row), uint32_t(col0 + col), bits);
+      FA_UNROLL
+      for (int e = 0; e < 8; ++e) {
+        if (reg[e] >= 0) f(reg[e], ((bits[e / 2] >> (16 * (e % 2))) & 0xffff) < threshold_);
+      }
+    });
+  }
+
+ private:
+  // The patch's first element is at (row, col): row % 16 < 8, col % 16 in {0, 2, 4, 6}.
+  FA_DEVICE void random(uint32_t row, uint32_t col, uint32_t (&out)[4]) const {
+    uint32_t c0 = (row / 16) * 8 + row % 8, c1 = (col / 16) * 4 + (col % 8) / 2, c2 = sequence_, c3 = offset_;
+    uint32_t k0 = key_[0], k1 = key_[1];
+    FA_UNROLL
+    for (int round = 0; round < 10; ++round) {
+      const uint32_t h0 = multiply_high(0xD2511F53u, c0), l0 = 0xD2511F53u * c0;
+      const uint32_t h1 = multiply_high(0xCD9E8D57u, c2), l1 = 0xCD9E8D57u * c2;
+      c0 = h1 ^ c1 ^ k0;
+      c1 = l1;
+      c2 = h0 ^ c3 ^ k1;
+      c3 = l0;
+      k0 += 0x9E3779B9u;
+      k1 += 0xBB67AE85u;
+    }
+    out[0] = c0, out[1] = c1, out[2] = c2, out[3] = c3;
+  }
+
+  bool enabled_;
+  uint32_t threshold_, key_[2], offset_, sequence_;
+};
+
+}  // namespace flash_attn

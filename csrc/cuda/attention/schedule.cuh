@@ -1,0 +1,95 @@
+// Which rows and keys a block works on: sequences of a batch, visible key ranges, and the order of blocks.
+#pragma once
+
+#include "../../core/params.h"
+#include "../compat.cuh"
+
+namespace flash_attn {
+
+FA_HOST_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
+FA_HOST_DEVICE int min_int(int a, int b) { return a < b ? a : b; }
+FA_HOST_DEVICE int max_int(int a, int b) { return a > b ? a : b; }
+
+// One sequence of the batch: its lengths and the row its tensors start at.
+struct Sequence {
+  int len_q, len_k;
+  int64_t first_q, first_k;  // rows; 0 when padded
+
+  FA_DEVICE Sequence(const AttentionParams& p, int batch) {
+    if (p.cu_seqlens_q != nullptr) {
+      first_q = p.cu_seqlens_q[batch];
+      first_k = p.cu_seqlens_k[batch];
+      len_q = p.cu_seqlens_q[batch + 1] - int(first_q);
+      len_k = p.cu_seqlens_k[batch + 1] - int(first_k);
+    } else {
+      first_q = first_k = 0;
+      len_q = p.seqlen_q;
+      len_k = p.seqlen_k;
+    }
+    if (p.seqused_k != nullptr) len_k = max_int(0, min_int(len_k, p.seqused_k[batch]));
+  }
+};
+
+template <class T>
+FA_DEVICE T* head_rows(const TensorRef& t, int batch, int head, int64_t first_row) {
+  return static_cast<T*>(t.data) + batch * t.batch_stride + head * t.head_stride + first_row * t.row_stride;
+}
+
+template <class Scalar>
+FA_DEVICE Scalar* head_rows(const RowsRef& t, int batch, int head, int64_t first_row) {
+  return static_cast<Scalar*>(t.data) + batch * t.batch_stride + head * t.head_stride + first_row;
+}
+
+// Mask semantics: key j is visible to query i iff j < len_k and i + shift - left <= j <= i + shift + right,
+// shift = len_k - len_q (bottom-right alignment), a negative bound meaning none.
+struct Mask {
+  int len_q, len_k, shift, left, right;
+
+  FA_DEVICE Mask(const AttentionParams& p, const Sequence& s)
+      : len_q(s.len_q), len_k(s.len_k), shift(s.len_k - s.len_q), left(p.window_left), right(p.window_right) {}
+
+  // Keys [begin, end) visible to query i.
+  FA_DEVICE int row_begin(int i) const { return left < 0 ? 0 : i + shift - left; }
+  FA_DEVICE int row_end(int i) const { return right < 0 ? len_k : min_int(len_k, i + shift + right + 1); }
+
+  // Keys [begin, end) visible to at least one of the queries [i_begin, i_end); empty when end <= begin.
+  FA_DEVICE int keys_begin(int i_begin) const { return max_int(0, row_begin(i_begin)); }
+  FA_DEVICE int keys_end(int i_end) const { return row_end(i_end - 1); }
+
+  // Queries [begin, end) that see at least one of the keys [j_begin, j_end).
+  FA_DEVICE int queries_begin(int j_begin) const { return right < 0 ? 0 : max_int(0, j_begin - shift - right); }
+  FA_DEVICE int queries_end(int j_end) const { return left < 0 ? len_q : min_int(len_q, j_end - 1 - shift + left + 1); }
+
+  // Whether every query of [i_begin, i_end) sees every key of [j_begin, j_end).
+  FA_DEVICE bool all_visible(int i_begin, int i_end, int j_begin, int j_end) const {
+    return j_end <= row_end(i_begin) && j_begin >= row_begin(i_end - 1);
+  }
+};
+
+// Calls f(reg) for every element of an accumulator, its element (0, 0) being (query, key), that the mask hides.
+template <class Accumulator, class IntRows, class F>
+FA_DEVICE void for_each_hidden(const Mask& mask, int query, int key, F&& f) {
+  IntRows begin, end;
+  IntRows::for_each([&](int slot, int row, bool) {
+    begin[slot] = mask.row_begin(query + row) - key;
+    end[slot] = mask.row_end(query + row) - key;
+  });
+  Accumulator::for_each([&](int slot, int, int col, int reg) {
+    if (col < begin[slot] || col >= end[slot]) f(reg);
+  });
+}
+
+// Query blocks of a sequence inside per-head workspace that is laid out block by block. Sequences of a packed batch
+// start at floor((first_q + batch * block) / block), which leaves every one room without knowing the others' lengths.
+FA_HOST_DEVICE int64_t first_query_block(const AttentionParams& p, int batch, int64_t first_q, int block_m) {
+  if (p.cu_seqlens_q == nullptr) return int64_t(batch) * ceil_div(p.seqlen_q, block_m);
+  return (first_q + int64_t(batch) * block_m) / block_m;
+}
+
+// Query blocks per head in that workspace.
+FA_HOST_DEVICE int64_t query_blocks(const AttentionParams& p, int block_m) {
+  if (p.cu_seqlens_q == nullptr) return int64_t(p.batch) * ceil_div(p.seqlen_q, block_m);
+  return (int64_t(p.total_q) + int64_t(p.batch) * block_m) / block_m;
+}
+
+}  // namespace flash_attn

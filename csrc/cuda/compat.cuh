@@ -1,0 +1,201 @@
+// The one file with vendor #if: qualifiers, 16-bit types, and scalar arithmetic whose rounding is spelled out.
+//
+// Everything is compiled with floating-point contraction off (-fmad=false, -ffp-contract=off), so that a*b+c
+// rounds twice everywhere and fma_rn() once: the numerics contract depends on no compiler's taste.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__HIPCC__)
+#include <hip/hip_runtime.h>
+#define FA_GRID_CONSTANT
+#elif defined(__CUDACC__)
+#include <cuda_runtime.h>
+#define FA_GRID_CONSTANT __grid_constant__
+#endif
+
+#if defined(__CUDACC__) || defined(__HIPCC__)
+#define FA_GPU 1
+#define FA_DEVICE __device__ __forceinline__
+#define FA_HOST_DEVICE __host__ __device__ __forceinline__
+#define FA_UNROLL _Pragma("unroll")
+#else
+#define FA_GPU 0
+#define FA_DEVICE inline __attribute__((always_inline))
+#define FA_HOST_DEVICE inline __attribute__((always_inline))
+#define FA_UNROLL
+#endif
+
+namespace flash_attn {
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <class T>
+using AccumOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <class Scalar>
+FA_HOST_DEVICE constexpr Scalar infinity() {
+  return Scalar(__builtin_huge_val());
+}
+
+constexpr double kLog2E = 1.4426950408889634074;
+constexpr double kLn2 = 0.69314718055994530942;
+
+// ---- arithmetic, rounding spelled out --------------------------------------------------------------------------
+
+FA_DEVICE float fma_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+FA_DEVICE double fma_rn(double a, double b, double c) { return __builtin_fma(a, b, c); }
+
+#if defined(__HIP_DEVICE_COMPILE__)
+FA_DEVICE float exp2_fast(float x) {
+#if __has_builtin(__builtin_amdgcn_exp2f)
+  return __builtin_amdgcn_exp2f(x);
+#else
+  return __ocml_native_exp2_f32(x);
+#endif
+}
+#elif defined(__CUDA_ARCH__)
+FA_DEVICE float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+#elif FA_GPU
+FA_DEVICE float exp2_fast(float x) { return ::exp2f(x); }  // parsed by the host pass, never run
+#else
+// 2^x for x <= 127: round to the nearest integer, degree-6 polynomial on [-1/2, 1/2] (relative error about 1e-8
+// before rounding), exponent added to the bits. Branch-free so that loops over it vectorise; below -126 it gives 0
+// (the GPUs flush there too); NaN stays NaN.
+FA_DEVICE float exp2_fast(float x) {
+  const float clamped = x < -127.0f ? -127.0f : (x > 128.0f ? 128.0f : x);  // NaN falls through
+  const float shifted = clamped + 12582912.0f;                             // 1.5 * 2^23: rounds to an integer
+  const float f = clamped - (shifted - 12582912.0f);
+  float y = 1.5403530393381609954e-4f;
+  y = __builtin_fmaf(y, f, 1.3333558146428443423e-3f);
+  y = __builtin_fmaf(y, f, 9.6181291076284771619e-3f);
+  y = __builtin_fmaf(y, f, 5.5504108664821579953e-2f);
+  y = __builtin_fmaf(y, f, 2.4022650695910071233e-1f);
+  y = __builtin_fmaf(y, f, 6.9314718055994530942e-1f);
+  y = __builtin_fmaf(y, f, 1.0f);
+  int32_t shifted_bits, y_bits;
+  std::memcpy(&shifted_bits, &shifted, 4);
+  std::memcpy(&y_bits, &y, 4);
+  y_bits += (shifted_bits - 0x4b400000) << 23;
+  float result;
+  std::memcpy(&result, &y_bits, 4);
+  return x < -126.0f ? 0.0f : (x == x ? result : x);
+}
+#endif
+FA_DEVICE double exp2_fast(double x) { return ::exp2(x); }
+
+FA_DEVICE float log2_accurate(float x) { return ::log2f(x); }
+FA_DEVICE double log2_accurate(double x) { return ::log2(x); }
+
+FA_DEVICE float tanh_accurate(float x) { return ::tanhf(x); }
+FA_DEVICE double tanh_accurate(double x) { return ::tanh(x); }
+
+// ---- 16-bit conversions ------------------------------------------------------------------------------------------
+
+enum class Rounding { kNearestEven, kTowardZero };
+
+FA_HOST_DEVICE float bits_to_float(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+FA_HOST_DEVICE uint32_t float_to_bits(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  return bits;
+}
+
+FA_HOST_DEVICE float widen(BFloat16 x) { return bits_to_float(uint32_t(x.bits) << 16); }
+FA_HOST_DEVICE float widen(float x) { return x; }
+FA_HOST_DEVICE double widen(double x) { return x; }
+
+template <class T, Rounding R = Rounding::kNearestEven>
+FA_HOST_DEVICE T narrow(AccumOf<T> x);
+
+template <>
+FA_HOST_DEVICE BFloat16 narrow<BFloat16, Rounding::kTowardZero>(float x) {
+  const uint32_t bits = float_to_bits(x);
+  return BFloat16{uint16_t(x == x ? bits >> 16 : (bits >> 16) | 0x40)};  // a NaN stays one
+}
+template <>
+FA_HOST_DEVICE BFloat16 narrow<BFloat16, Rounding::kNearestEven>(float x) {
+  const uint32_t bits = float_to_bits(x);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return BFloat16{uint16_t(x == x ? rounded : (bits >> 16) | 0x40)};
+}
+template <>
+FA_HOST_DEVICE float narrow<float>(float x) { return x; }
+template <>
+FA_HOST_DEVICE double narrow<double>(double x) { return x; }
+template <>
+FA_HOST_DEVICE float narrow<float, Rounding::kTowardZero>(float x) { return x; }
+template <>
+FA_HOST_DEVICE double narrow<double, Rounding::kTowardZero>(double x) { return x; }
+
+#if defined(__HIPCC__) || (!FA_GPU && (defined(__FLT16_MAX__) || defined(__clang__)))
+using NativeHalf = _Float16;
+#define FA_NATIVE_HALF 1
+#else
+#define FA_NATIVE_HALF 0
+#endif
+
+// fp16 to and from fp32 in integer arithmetic where the compiler has no 16-bit float of its own: exact, denormals kept.
+FA_HOST_DEVICE float widen(Half x) {
+#if FA_NATIVE_HALF
+  NativeHalf h;
+  memcpy(&h, &x, 2);
+  return float(h);
+#elif defined(__CUDA_ARCH__)
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+#else
+  const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
+  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16;
+  if ((x.bits & 0x7c00) == 0x7c00) return bits_to_float(sign | 0x7f800000 | magnitude);
+  return bits_to_float(sign | float_to_bits(bits_to_float(magnitude) * bits_to_float(0x77800000)));  // * 2^112
+#endif
+}
+template <>
+FA_HOST_DEVICE Half narrow<Half, Rounding::kNearestEven>(float x) {
+#if FA_NATIVE_HALF
+  const NativeHalf h = NativeHalf(x);
+  Half y;
+  memcpy(&y, &h, 2);
+  return y;
+#elif defined(__CUDA_ARCH__)
+  Half y;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+  return y;
+#else
+  const uint32_t bits = float_to_bits(x), sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return Half{uint16_t(sign | 0x7e00)};
+  if (magnitude >= 0x477ff000) return Half{uint16_t(sign | 0x7c00)};  // rounds to infinity
+  if (magnitude < 0x38800000) {                                       // denormal or zero: let an addition round
+    const float shifted = bits_to_float(magnitude) + 0.5f;            // ulp of [0.5, 1) is 2^-24
+    return Half{uint16_t(sign | (float_to_bits(shifted) - 0x3f000000))};
+  }
+  return Half{uint16_t(sign | ((magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13))};
+#endif
+}
+template <>
+FA_HOST_DEVICE Half narrow<Half, Rounding::kTowardZero>(float x) {
+  const Half nearest = narrow<Half>(x);
+  const float y = widen(nearest);
+  const bool overshot = (y < 0 ? -y : y) > (x < 0 ? -x : x);  // one step back toward zero; false for NaN
+  return Half{uint16_t(nearest.bits - (overshot ? 1 : 0))};
+}
+
+}  // namespace flash_attn

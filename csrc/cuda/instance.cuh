@@ -1,0 +1,34 @@
+// From a kernel template to a __global__ function and its entry in the registry.
+#pragma once
+
+#include "../core/registry.h"
+#include "compat.cuh"
+
+namespace flash_attn {
+
+template <class K>
+__global__ void __launch_bounds__(K::kThreads, K::kMinBlocks) run_kernel(const FA_GRID_CONSTANT typename K::Params p) {
+  extern __shared__ __align__(128) char shared[];
+  K::run(p, int64_t(blockIdx.x), shared);
+}
+
+template <class K>
+int64_t blocks_of(const void* params) {
+  return K::blocks(*static_cast<const typename K::Params*>(params));
+}
+
+template <class K>
+KernelInfo kernel_info(const KernelKey& key) {
+  KernelInfo info{};
+  info.key = key;
+  info.block_m = K::kBlockM;
+  info.block_n = K::kBlockN;
+  info.threads = K::kThreads;
+  info.shared_bytes = K::kSharedBytes;
+  info.stash_bytes = K::kStashBytes;
+  info.blocks = blocks_of<K>;
+  info.device = reinterpret_cast<const void*>(&run_kernel<K>);
+  return info;
+}
+
+}  // namespace flash_attn

@@ -1,0 +1,255 @@
+// Backward (FlashAttention-2, arXiv 2307.08691, Algorithm 2): P is recomputed from the saved log-sum-exp, then
+//   dV += P^T dO,  dP = dO V^T,  dS = P * (dP - delta),  dK += dS^T Q,  dQ += dS K.
+// A block owns block_n keys of one KV head and walks the queries of its group's heads that see them. dQ is added up in
+// device memory: in any order, or, under determinism, in ascending order of the keys, each block waiting for its turn.
+// Blocks are numbered so that a block waits only for blocks with smaller numbers, which were launched before it.
+#pragma once
+
+#include "../attention/dropout.cuh"
+#include "../attention/schedule.cuh"
+#include "../attention/score.cuh"
+#include "../tile/tile.cuh"
+
+namespace flash_attn {
+
+template <class Arch, class P>
+struct Backward {
+  using Params = BackwardParams;
+  using T = typename P::Element;
+  using Scalar = AccumOf<T>;
+  static constexpr int kD = P::kHeadDim;
+  static constexpr bool kModified = P::kModified;
+
+  using Tuning = typename Arch::template Tuning<Kernel::kBackward, T, kD, kModified>;
+  static constexpr int kM = Tuning::kBlockM, kN = Tuning::kBlockN, kWarps = Tuning::kWarps;
+  static constexpr int kStages = Tuning::kStages;  // buffers of Q and dO
+  using A = typename Arch::template Block<kWarps>;
+
+  using KTile = typename A::template Tile<T, kN, kD, kNK | kKN | kStaging>;
+  using VTile = typename A::template Tile<T, kN, kD, kNK | kStaging>;
+  using QTile = typename A::template Tile<T, kM, kD, kMK | kKN>;
+  using STile = typename A::template Tile<T, kM, kN, kKM>;
+  using DSTile = typename A::template Tile<T, kM, kN, kKM | kMK>;
+  using Scores = typename A::template Accumulator<Scalar, kM, kN, Tuning::kWarpsM>;
+  using Rows = typename A::template Rows<Scalar, kM, Tuning::kWarpsM>;
+  using IntRows = typename A::template Rows<int, kM, Tuning::kWarpsM>;
+  using KeyGradient = typename A::template Accumulator<Scalar, kN, kD, Tuning::kWarpsN>;
+  using QueryGradient = typename A::template Accumulator<Scalar, kM, kD, Tuning::kWarpsQ>;
+
+  static constexpr int kThreads = A::kThreads;
+  static constexpr int kMinBlocks = Tuning::kMinBlocks;
+  static constexpr int kBlockM = kM, kBlockN = kN;
+  static constexpr int kSharedBytes =
+      KTile::kBytes + VTile::kBytes + 2 * kStages * QTile::kBytes + STile::kBytes + DSTile::kBytes;
+  static constexpr int kStashBytes = 0;
+
+  static int64_t blocks(const Params& p) { return int64_t(ceil_div(p.seqlen_k, kN)) * p.heads_kv * p.batch; }
+
+  struct Work {
+    int key_begin, kv_head, batch;
+
+    FA_DEVICE Work(const Params& p, int64_t block) {
+      const int key_blocks = ceil_div(p.seqlen_k, kN);
+      key_begin = int(block % key_blocks) * kN;
+      block /= key_blocks;
+      kv_head = int(block % p.heads_kv);
+      batch = int(block / p.heads_kv);
+    }
+  };
+
+  const Params& p;
+  const Work work;
+  const Sequence seq;
+  const Mask mask;
+  const int group;                     // query heads per KV head
+  const int query_begin, query_steps;  // first visible query block's start, number of visible query blocks
+  char* const shared;
+  KTile k_tile;
+  VTile v_tile;
+  STile p_tile;
+  DSTile ds_tile;
+
+  // Keys up to the padded end belong to somebody: those beyond seqused_k still need their zero gradient.
+  static FA_DEVICE int stored_keys(const Params& p, int batch) {
+    return p.cu_seqlens_k == nullptr ? p.seqlen_k : p.cu_seqlens_k[batch + 1] - p.cu_seqlens_k[batch];
+  }
+
+  static FA_DEVICE void run(const Params& p, int64_t block, char* shared) {
+    const Work work(p, block);
+    const Sequence seq(p, work.batch);
+    if (work.key_begin < stored_keys(p, work.batch)) Backward(p, work, seq, shared).differentiate();
+  }
+
+  FA_DEVICE Backward(const Params& p, const Work& work, const Sequence& seq, char* shared)
+      : p(p),
+        work(work),
+        seq(seq),
+        mask(p, seq),
+        group(p.heads_q / p.heads_kv),
+        query_begin(mask.queries_begin(work.key_begin) / kM * kM),
+        query_steps(steps()),
+        shared(shared),
+        k_tile(shared),
+        v_tile(shared + KTile::kBytes),
+        p_tile(shared + KTile::kBytes + VTile::kBytes + 2 * kStages * QTile::kBytes),
+        ds_tile(shared + KTile::kBytes + VTile::kBytes + 2 * kStages * QTile::kBytes + STile::kBytes) {}
+
+  FA_DEVICE int steps() const {
+    const int key_end = min_int(work.key_begin + kN, seq.len_k);
+    if (work.key_begin >= key_end) return 0;
+    const int begin = mask.queries_begin(work.key_begin) / kM * kM;
+    return max_int(0, ceil_div(mask.queries_end(key_end) - begin, kM));
+  }
+
+  // The position of a step in the walk: heads of the group in turn, each from its first visible query block.
+  struct Step {
+    int head, query, stage;
+  };
+  FA_DEVICE Step at(int step) const {
+    return {work.kv_head * group + step / query_steps, query_begin + step % query_steps * kM, step % kStages};
+  }
+
+  FA_DEVICE QTile q_tile(int stage) const {
+    return QTile(shared + KTile::kBytes + VTile::kBytes + 2 * stage * QTile::kBytes);
+  }
+  FA_DEVICE QTile do_tile(int stage) const {
+    return QTile(shared + KTile::kBytes + VTile::kBytes + (2 * stage + 1) * QTile::kBytes);
+  }
+
+  FA_DEVICE void load_queries(QTile& q, QTile& dout, const Step& step) {
+    const int64_t row = seq.first_q + step.query;
+    const int rows = seq.len_q - step.query;
+    q.load(head_rows<const T>(p.q, work.batch, step.head, row), p.q.row_stride, rows, p.head_dim, p.aligned);
+    dout.load(head_rows<const T>(p.dout, work.batch, step.head, row), p.dout.row_stride, rows, p.head_dim, p.aligned);
+  }
+
+  FA_DEVICE void differentiate() {
+    KeyGradient dk, dv;
+    dk.fill(Scalar(0));
+    dv.fill(Scalar(0));
+    const int steps = group * query_steps;
+    if (steps > 0) {
+      const int keys = seq.len_k - work.key_begin;
+      k_tile.load(head_rows<const T>(p.k, work.batch, work.kv_head, seq.first_k + work.key_begin), p.k.row_stride, keys,
+                  p.head_dim, p.aligned);
+      v_tile.load(head_rows<const T>(p.v, work.batch, work.kv_head, seq.first_k + work.key_begin), p.v.row_stride, keys,
+                  p.head_dim, p.aligned);
+      QTile q = q_tile(0), dout = do_tile(0);
+      load_queries(q, dout, at(0));
+      A::commit();
+      for (int step = 0; step < steps; ++step) {
+        q = q_tile(step % kStages);
+        dout = do_tile(step % kStages);
+        A::template wait<0>();
+        if (step == 0) {
+          k_tile.land();
+          v_tile.land();
+        }
+        q.land();
+        dout.land();
+        A::sync();  // Q and dO have arrived, and the last step's tiles are no longer read
+        QTile next_q = q_tile((step + 1) % kStages), next_dout = do_tile((step + 1) % kStages);
+        if (kStages > 1 && step + 1 < steps) {
+          load_queries(next_q, next_dout, at(step + 1));
+          A::commit();
+        }
+        visit(at(step), q, dout, dk, dv);
+        if (kStages == 1 && step + 1 < steps) {
+          A::sync();
+          load_queries(next_q, next_dout, at(step + 1));
+          A::commit();
+        }
+      }
+    }
+    write(dk, p.dk, k_tile, Scalar(p.softmax_scale));
+    write(dv, p.dv, v_tile, Scalar(1));
+  }
+
+  FA_DEVICE void visit(const Step& step, QTile& q, QTile& dout, KeyGradient& dk, KeyGradient& dv) {
+    Scores scores, gradient;
+    scores.fill(Scalar(0));
+    A::multiply_nt(scores, q, k_tile);
+    gradient.fill(Scalar(0));
+    A::multiply_nt(gradient, dout, v_tile);
+    differentiate_scores(step, scores, gradient);
+
+    ds_tile.put(gradient);
+    A::sync();
+    A::multiply_tn(dv, p_tile, dout);
+    QueryGradient dq;
+    dq.fill(Scalar(0));
+    A::multiply_nn(dq, ds_tile, k_tile);
+    accumulate(step, dq);
+    A::multiply_tn(dk, ds_tile, q);
+  }
+
+  // scores: raw scores to P as dV needs it, put into p_tile; gradient: dP to dS.
+  FA_DEVICE void differentiate_scores(const Step& step, Scores& scores, Scores& gradient) {
+    const ScoreModifier<Scalar, kModified> modifier(p, work.batch, step.head, mask.shift);
+    const Dropout dropout(p, work.batch, step.head);
+    const Scalar* lse = head_rows<const Scalar>(p.lse, work.batch, step.head, seq.first_q + step.query);
+    const Scalar* delta = head_rows<const Scalar>(p.delta, work.batch, step.head, seq.first_q + step.query);
+    const bool masked = !mask.all_visible(step.query, step.query + kM, work.key_begin, work.key_begin + kN);
+    Rows negated_lse, row_delta;
+    Rows::for_each([&](int slot, int row, bool) {
+      const bool present = step.query + row < seq.len_q;
+      negated_lse[slot] = present ? lse[row] * Scalar(-kLog2E) : -infinity<Scalar>();
+      row_delta[slot] = present ? delta[row] : Scalar(0);
+    });
+
+    if (kModified && dropout.enabled()) {
+      const Scalar kept = Scalar(1) / (Scalar(1) - Scalar(p.dropout_p));
+      dropout.template for_each<Scores>(step.query, work.key_begin, [&](int reg, bool keep) {
+        gradient[reg] = keep ? gradient[reg] * kept : Scalar(0);
+      });
+    }
+    const Scalar scale_log2 = modifier.scale_log2();
+    Scores::for_each([&](int slot, int row, int col, int reg) {
+      Scalar derivative;
+      const Scalar score = modifier.apply(scores[reg], step.query + row, work.key_begin + col, derivative);
+      const Scalar probability = exp2_fast(fma_rn(score, scale_log2, negated_lse[slot]));
+      scores[reg] = probability;
+      gradient[reg] = probability * (gradient[reg] - row_delta[slot]);
+      if (kModified) gradient[reg] *= derivative;
+    });
+    if (masked) {
+      for_each_hidden<Scores, IntRows>(mask, step.query, work.key_begin,
+                                       [&](int reg) { scores[reg] = gradient[reg] = Scalar(0); });
+    }
+    if (kModified && dropout.enabled()) {
+      const Scalar kept = Scalar(1) / (Scalar(1) - Scalar(p.dropout_p));
+      dropout.template for_each<Scores>(step.query, work.key_begin, [&](int reg, bool keep) {
+        scores[reg] = keep ? scores[reg] * kept : Scalar(0);
+      });
+    }
+    p_tile.put(scores);
+  }
+
+  FA_DEVICE void accumulate(const Step& step, QueryGradient& dq) {
+    const int64_t query_block = first_query_block(p, work.batch, seq.first_q, kM) + step.query / kM;
+    const int64_t slot = step.head * query_blocks(p, kM) + query_block;
+    Scalar* dst = static_cast<Scalar*>(p.dq_accum) + slot * (kM * kD);
+    if (!p.deterministic) {
+      A::accumulate(dq, dst);
+      return;
+    }
+    const int first_key_block = mask.keys_begin(step.query) / kN;  // the first block that visits these queries
+    int32_t* turn = p.dq_turn + slot;
+    A::wait_turn(turn, work.key_begin / kN - first_key_block);
+    A::accumulate(dq, dst);
+    A::pass_turn(turn);
+  }
+
+  template <class StagingTile>
+  FA_DEVICE void write(KeyGradient& gradient, const TensorRef& dst, StagingTile& staging, Scalar scale) {
+    KeyGradient::for_each([&](int, int, int, int reg) { gradient[reg] *= scale; });
+    A::sync();  // the tile held K or V
+    staging.put(gradient);
+    A::sync();
+    const int first_k = p.cu_seqlens_k == nullptr ? 0 : p.cu_seqlens_k[work.batch];
+    staging.write(head_rows<T>(dst, work.batch, work.kv_head, int64_t(first_k) + work.key_begin), dst.row_stride,
+                  stored_keys(p, work.batch) - work.key_begin, p.head_dim, p.aligned);
+  }
+};
+
+}  // namespace flash_attn

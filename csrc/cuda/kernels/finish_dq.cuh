@@ -1,0 +1,44 @@
+// FinishDq: dQ from the accumulator in device memory, in the arch's fragment order, to its own dtype and strides.
+#pragma once
+
+#include "backward.cuh"
+
+namespace flash_attn {
+
+template <class Arch, class P>
+struct FinishDq {
+  using Params = BackwardParams;
+  using Main = Backward<Arch, P>;  // whose fragments these are
+  using T = typename Main::T;
+  using Scalar = typename Main::Scalar;
+  using A = typename Main::A;
+  using QueryGradient = typename Main::QueryGradient;
+  using Tile = typename A::template Tile<T, Main::kM, Main::kD, kStaging>;
+  static constexpr int kThreads = A::kThreads, kMinBlocks = 1, kSharedBytes = Tile::kBytes, kStashBytes = 0;
+  static constexpr int kBlockM = Main::kM, kBlockN = Main::kN;
+
+  static int64_t blocks(const Params& p) { return int64_t(ceil_div(p.seqlen_q, kBlockM)) * p.heads_q * p.batch; }
+
+  static FA_DEVICE void run(const Params& p, int64_t block, char* shared) {
+    const int row_blocks = ceil_div(p.seqlen_q, kBlockM);
+    const int row_block = int(block % row_blocks);
+    const int head = int(block / row_blocks % p.heads_q);
+    const int batch = int(block / row_blocks / p.heads_q);
+    const Sequence seq(p, batch);
+    const int rows = seq.len_q - row_block * kBlockM;
+    if (rows <= 0) return;
+
+    const int64_t slot =
+        head * query_blocks(p, kBlockM) + first_query_block(p, batch, seq.first_q, kBlockM) + row_block;
+    QueryGradient dq;
+    A::restore(dq, static_cast<const Scalar*>(p.dq_accum) + slot * (kBlockM * Main::kD));
+    QueryGradient::for_each([&](int, int, int, int reg) { dq[reg] *= Scalar(p.softmax_scale); });
+    Tile tile(shared);
+    tile.put(dq);
+    A::sync();
+    tile.write(head_rows<T>(p.dq, batch, head, seq.first_q + row_block * kBlockM), p.dq.row_stride, rows, p.head_dim,
+               p.aligned);
+  }
+};
+
+}  // namespace flash_attn

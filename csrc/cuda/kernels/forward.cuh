@@ -1,0 +1,288 @@
+// Forward: out = softmax(score(Q K^T)) V and the log-sum-exp of every row (FlashAttention-2, arXiv 2307.08691,
+// Algorithm 1). A block owns block_m query rows of one head and walks the visible keys upward.
+//
+// With split_size > 0 keys are folded in chunks with boundaries at absolute multiples of split_size. One block may walk
+// all chunks of its rows and fold as it goes, or num_splits blocks may do one each and Combine folds: the same arithmetic in
+// the same order, so the same bits.
+#pragma once
+
+#include "../attention/dropout.cuh"
+#include "../attention/schedule.cuh"
+#include "../attention/score.cuh"
+#include "../attention/softmax.cuh"
+#include "../tile/tile.cuh"
+
+namespace flash_attn {
+
+template <class Arch, class P>
+struct Forward {
+  using Params = ForwardParams;
+  using T = typename P::Element;
+  using Scalar = AccumOf<T>;
+  static constexpr int kD = P::kHeadDim;
+  static constexpr bool kModified = P::kModified;
+
+  using Tuning = typename Arch::template Tuning<Kernel::kForward, T, kD, kModified>;
+  static constexpr int kM = Tuning::kBlockM, kN = Tuning::kBlockN, kWarps = Tuning::kWarps;
+  using A = typename Arch::template Block<kWarps>;
+
+  using QTile = typename A::template Tile<T, kM, kD, kMK | kStaging>;
+  using KTile = typename A::template Tile<T, kN, kD, kNK>;
+  using VTile = typename A::template Tile<T, kN, kD, kKN>;
+  using Scores = typename A::template Accumulator<Scalar, kM, kN, kWarps>;
+  using Output = typename A::template Accumulator<Scalar, kM, kD, kWarps>;
+  using Probabilities = typename A::template Operand<T, kM, kN, kWarps>;
+  using Rows = typename A::template Rows<Scalar, kM, kWarps>;
+  using IntRows = typename A::template Rows<int, kM, kWarps>;
+  using Stash = typename A::template Stash<Output>;
+
+  static constexpr int kThreads = A::kThreads;
+  static constexpr int kMinBlocks = Tuning::kMinBlocks;
+  static constexpr int kBlockM = kM, kBlockN = kN;
+  static constexpr int kSharedBytes = QTile::kBytes + KTile::kBytes + VTile::kBytes;
+  // More shared memory, only where a row has several chunks: the running fold's output, maxima and sums.
+  static constexpr int kStashBytes = Stash::kBytes + 2 * Rows::kSlots * kThreads * int(sizeof(Scalar));
+
+  static int64_t blocks(const Params& p) {
+    return int64_t(ceil_div(p.seqlen_q, kM)) * p.num_splits * p.heads_q * p.batch;
+  }
+
+  // Block order: query blocks of a head together, since they share K and V in cache; under a causal mask the longest
+  // first, so that the short ones fill the gaps at the end.
+  struct Work {
+    int query_begin, split, head, batch;
+
+    FA_DEVICE Work(const Params& p, int64_t block) {
+      const int query_blocks = ceil_div(p.seqlen_q, kM);
+      const int query_block = int(block % query_blocks);
+      query_begin = (p.window_right >= 0 ? query_blocks - 1 - query_block : query_block) * kM;
+      block /= query_blocks;
+      split = int(block % p.num_splits);
+      block /= p.num_splits;
+      head = int(block % p.heads_q);
+      batch = int(block / p.heads_q);
+    }
+  };
+
+  // What one block knows and holds while it runs.
+  const Params& p;
+  const Work work;
+  const Sequence seq;
+  const Mask mask;
+  const ScoreModifier<Scalar, kModified> modifier;
+  const Dropout dropout;
+  const T* k;
+  const T* v;
+  QTile q_tile;
+  KTile k_tile;
+  VTile v_tile;
+  Stash stash;
+  Scalar* const stashed_rows;
+
+  static FA_DEVICE void run(const Params& p, int64_t block, char* shared) {
+    const Work work(p, block);
+    const Sequence seq(p, work.batch);
+    if (work.query_begin < seq.len_q) Forward(p, work, seq, shared).attend();
+  }
+
+  FA_DEVICE Forward(const Params& p, const Work& work, const Sequence& seq, char* shared)
+      : p(p),
+        work(work),
+        seq(seq),
+        mask(p, seq),
+        modifier(p, work.batch, work.head, mask.shift),
+        dropout(p, work.batch, work.head),
+        k(head_rows<const T>(p.k, work.batch, kv_head(), seq.first_k)),
+        v(head_rows<const T>(p.v, work.batch, kv_head(), seq.first_k)),
+        q_tile(shared),
+        k_tile(shared + QTile::kBytes),
+        v_tile(shared + QTile::kBytes + KTile::kBytes),
+        stash(shared + kSharedBytes),
+        stashed_rows(reinterpret_cast<Scalar*>(shared + kSharedBytes + Stash::kBytes)) {}
+
+  FA_DEVICE int kv_head() const { return work.head / (p.heads_q / p.heads_kv); }
+  FA_DEVICE int rows() const { return min_int(kM, seq.len_q - work.query_begin); }
+
+  FA_DEVICE void load_keys(int key) {
+    k_tile.load(k + key * p.k.row_stride, p.k.row_stride, seq.len_k - key, p.head_dim, p.aligned);
+  }
+  FA_DEVICE void load_values(int key) {
+    v_tile.load(v + key * p.v.row_stride, p.v.row_stride, seq.len_k - key, p.head_dim, p.aligned);
+  }
+
+  // scores = Q K^T for the keys in k_tile, modified and masked.
+  FA_DEVICE void score(Scores& scores, int key) {
+    scores.fill(Scalar(0));
+    A::multiply_nt(scores, q_tile, k_tile);
+    if (kModified) {
+      Scores::for_each([&](int, int row, int col, int reg) {
+        scores[reg] = modifier.apply(scores[reg], work.query_begin + row, key + col);
+      });
+    }
+    if (!mask.all_visible(work.query_begin, work.query_begin + kM, key, key + kN)) {
+      for_each_hidden<Scores, IntRows>(mask, work.query_begin, key,
+                                       [&](int reg) { scores[reg] = -infinity<Scalar>(); });
+    }
+  }
+
+  FA_DEVICE void attend() {
+    int begin = mask.keys_begin(work.query_begin) / kN * kN;
+    int end = mask.keys_end(min_int(work.query_begin + kM, seq.len_q));
+    if (p.num_splits > 1) {
+      begin = max_int(begin, work.split * p.split_size);
+      end = int(end < int64_t(work.split + 1) * p.split_size ? end : (work.split + 1) * p.split_size);
+    }
+    const bool several_chunks =
+        p.split_size > 0 && p.num_splits == 1 && begin < end && begin / p.split_size != (end - 1) / p.split_size;
+
+    const T* q = head_rows<const T>(p.q, work.batch, work.head, seq.first_q + work.query_begin);
+    if (begin < end) {
+      q_tile.load(q, p.q.row_stride, rows(), p.head_dim, p.aligned);
+      load_keys(begin);
+      A::commit();
+    }
+
+    OnlineSoftmax<Scalar, Rows> softmax;
+    Output output;
+    softmax.clear();
+    output.fill(Scalar(0));
+    if (several_chunks) clear_stash();
+
+    for (int key = begin; key < end; key += kN) {
+      A::template wait<0>();
+      if (key == begin) q_tile.land();
+      k_tile.land();
+      A::sync();  // keys have arrived, and the last block's values are no longer read
+      load_values(key);
+      A::commit();
+
+      Scores scores;
+      score(scores, key);
+
+      A::template wait<0>();
+      v_tile.land();
+      A::sync();  // values have arrived, and the keys are no longer read
+      if (key + kN < end) {
+        load_keys(key + kN);
+        A::commit();
+      }
+
+      softmax.update(scores, output, modifier.scale_log2());
+      if (kModified && dropout.enabled()) {
+        dropout.template for_each<Scores>(work.query_begin, key, [&](int reg, bool keep) {
+          if (!keep) scores[reg] = Scalar(0);
+        });
+      }
+      A::multiply_nn(output, Probabilities(scores), v_tile);
+
+      if (several_chunks && (key + kN >= end || (key + kN) % p.split_size == 0)) fold(output, softmax);
+    }
+
+    if (several_chunks) {
+      Rows::for_each([&](int slot, int, bool) {
+        softmax.max[slot] = stashed_max(slot);
+        softmax.sum[slot] = stashed_sum(slot);
+      });
+      stash.take(output);
+    } else {
+      softmax.finish(modifier.scale_log2());
+    }
+    if (p.num_splits > 1) {
+      write_partial(output, softmax);
+    } else {
+      write(output, softmax, begin, end);
+    }
+  }
+
+  // The running fold's state lives in memory: registers are full.
+  FA_DEVICE Scalar& stashed_max(int slot) { return stashed_rows[slot * kThreads + A::lane()]; }
+  FA_DEVICE Scalar& stashed_sum(int slot) { return stashed_rows[(Rows::kSlots + slot) * kThreads + A::lane()]; }
+
+  FA_DEVICE void clear_stash() {
+    Rows::for_each([&](int slot, int, bool) {
+      stashed_max(slot) = -infinity<Scalar>();
+      stashed_sum(slot) = Scalar(0);
+    });
+    stash.clear();
+  }
+
+  // Folds a finished chunk into the stash and starts the next from scratch.
+  FA_DEVICE void fold(Output& output, OnlineSoftmax<Scalar, Rows>& softmax) {
+    softmax.finish(modifier.scale_log2());
+    Rows keep, add;
+    Rows::for_each([&](int slot, int, bool) {
+      fold_weights(stashed_max(slot), stashed_sum(slot), softmax.max[slot], softmax.sum[slot], keep[slot], add[slot]);
+    });
+    stash.fold(output, keep, add);
+    softmax.clear();
+    output.fill(Scalar(0));
+  }
+
+  FA_DEVICE void write(Output& output, OnlineSoftmax<Scalar, Rows>& softmax, int begin, int end) {
+    const Scalar* sink = p.sink == nullptr ? nullptr : static_cast<const Scalar*>(p.sink) + work.head;
+    Scalar* lse = head_rows<Scalar>(p.lse, work.batch, work.head, seq.first_q + work.query_begin);
+    const Scalar kept = kModified && dropout.enabled() ? Scalar(1) / (Scalar(1) - Scalar(p.dropout_p)) : Scalar(1);
+    Rows scale;
+    Rows::for_each([&](int slot, int row, bool owner) {
+      const RowResult<Scalar> result(softmax.max[slot], softmax.sum[slot], sink);
+      scale[slot] = result.scale * kept;
+      softmax.sum[slot] = result.lse;
+      if (owner && row < rows()) lse[row] = result.lse;
+    });
+    Output::for_each([&](int slot, int, int, int reg) { output[reg] *= scale[slot]; });
+    if (kModified && p.s_dmask != nullptr) write_probabilities(softmax.sum, begin, end);
+
+    T* out = head_rows<T>(p.out, work.batch, work.head, seq.first_q + work.query_begin);
+    A::sync();  // the tile held Q
+    q_tile.put(output);
+    A::sync();
+    q_tile.write(out, p.out.row_stride, rows(), p.head_dim, p.aligned);
+  }
+
+  // This block's chunk, not normalised, for Combine.
+  FA_DEVICE void write_partial(Output& output, OnlineSoftmax<Scalar, Rows>& softmax) {
+    const int64_t first =
+        ((int64_t(work.split) * p.batch + work.batch) * p.heads_q + work.head) * p.seqlen_q + work.query_begin;
+    Scalar* max = static_cast<Scalar*>(p.partial_max) + first;
+    Scalar* sum = static_cast<Scalar*>(p.partial_sum) + first;
+    Scalar* out = static_cast<Scalar*>(p.partial_out) + first * p.head_dim;
+    Rows::for_each([&](int slot, int row, bool owner) {
+      if (owner && row < rows()) {
+        max[row] = softmax.max[slot];
+        sum[row] = softmax.sum[slot];
+      }
+    });
+    Output::for_each([&](int, int row, int col, int reg) {
+      if (row < rows() && col < p.head_dim) out[int64_t(row) * p.head_dim + col] = output[reg];
+    });
+  }
+
+  // Probabilities relative to the final log-sum-exp, negative where dropped: a second pass over the keys.
+  FA_DEVICE void write_probabilities(Rows& lse, int begin, int end) {
+    T* dmask = static_cast<T*>(p.s_dmask) +
+               ((int64_t(work.batch) * p.heads_q + work.head) * p.seqlen_q + work.query_begin) * p.seqlen_k;
+    for (int key = begin; key < end; key += kN) {
+      A::sync();  // the last block's keys are no longer read
+      load_keys(key);
+      A::commit();
+      A::template wait<0>();
+      k_tile.land();
+      A::sync();
+      Scores scores;
+      score(scores, key);
+      Scores::for_each([&](int slot, int, int, int reg) {
+        scores[reg] = exp2_fast(fma_rn(lse[slot], Scalar(-kLog2E), scores[reg] * modifier.scale_log2()));
+      });
+      if (dropout.enabled()) {
+        dropout.template for_each<Scores>(work.query_begin, key, [&](int reg, bool keep) {
+          if (!keep) scores[reg] = -scores[reg];
+        });
+      }
+      Scores::for_each([&](int, int row, int col, int reg) {
+        if (row < rows() && key + col < seq.len_k) dmask[int64_t(row) * p.seqlen_k + key + col] = narrow<T>(scores[reg]);
+      });
+    }
+  }
+};
+
+}  // namespace flash_attn

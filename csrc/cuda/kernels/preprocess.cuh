@@ -1,0 +1,40 @@
+// Preprocess: delta = rowsum(dO * out) - dLSE, what dS subtracts from dP. The second term is the gradient of a loss that
+// uses the log-sum-exp: d lse / d score = P.
+#pragma once
+
+#include "../attention/schedule.cuh"
+#include "../tile/tile.cuh"
+
+namespace flash_attn {
+
+template <class Arch, class P>
+struct Preprocess {
+  using Params = BackwardParams;
+  using T = typename P::Element;
+  using Scalar = AccumOf<T>;
+  static constexpr int kD = P::kHeadDim, kRows = 64, kWarps = 4;
+  using A = typename Arch::template Block<kWarps>;
+  static constexpr int kThreads = A::kThreads, kMinBlocks = 1, kSharedBytes = 0, kStashBytes = 0;
+  static constexpr int kBlockM = kRows, kBlockN = 1;
+
+  static int64_t blocks(const Params& p) { return int64_t(ceil_div(p.seqlen_q, kRows)) * p.heads_q * p.batch; }
+
+  static FA_DEVICE void run(const Params& p, int64_t block, char*) {
+    const int row_blocks = ceil_div(p.seqlen_q, kRows);
+    const int first_row = int(block % row_blocks) * kRows;
+    const int head = int(block / row_blocks % p.heads_q);
+    const int batch = int(block / row_blocks / p.heads_q);
+    const Sequence seq(p, batch);
+    if (first_row >= seq.len_q) return;
+
+    const int64_t row = seq.first_q + first_row;
+    const Scalar* dlse = p.dlse.data == nullptr ? nullptr : head_rows<const Scalar>(p.dlse, batch, head, row);
+    Scalar* delta = head_rows<Scalar>(p.delta, batch, head, row);
+    A::template dot_rows<T, kRows, kD>(head_rows<const T>(p.dout, batch, head, row), p.dout.row_stride,
+                                       head_rows<const T>(p.out, batch, head, row), p.out.row_stride,
+                                       min_int(kRows, seq.len_q - first_row), p.head_dim, p.aligned,
+                                       [&](int r, Scalar sum) { delta[r] = dlse == nullptr ? sum : sum - dlse[r]; });
+  }
+};
+
+}  // namespace flash_attn

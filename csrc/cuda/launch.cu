@@ -1,0 +1,177 @@
+// The GPU backend: plans a call and launches its kernels. Hipified for AMD as it is.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <stdexcept>
+#include <string>
+
+#include "../backend.h"
+#include "../core/registry.h"
+#include "attention/schedule.cuh"
+
+namespace flash_attn {
+namespace {
+
+void check(cudaError_t status, const char* doing) {
+  if (status != cudaSuccess) throw std::runtime_error(std::string(doing) + ": " + cudaGetErrorString(status));
+}
+
+int device_attribute(cudaDeviceAttr attribute, const Queue& queue) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, attribute, queue.device_index), "reading a device attribute");
+  return value;
+}
+
+const KernelTable& table() {
+  const KernelTables all = kernel_tables();
+  for (int i = 0; i < all.count; ++i) {
+    if (all.tables[i]->count > 0 && all.tables[i]->kernels[0]->device != nullptr) return *all.tables[i];
+  }
+  throw std::runtime_error("this build holds no GPU kernels (rebuild with FLASH_ATTENTION_BACKEND=cuda or hip)");
+}
+
+bool is_modified(const AttentionParams& p) {
+  return p.softcap > 0 || p.alibi_slopes != nullptr || p.dropout_p > 0 || !(p.softmax_scale > 0);
+}
+
+const KernelInfo& find(KernelKind kind, DType dtype, int head_dim = 0, bool modified = false) {
+  const KernelInfo* info = table().find_padded({kind, dtype, head_dim, modified});
+  if (info == nullptr) {
+    throw std::invalid_argument(std::string("no kernel was compiled for this dtype and head_dim ") +
+                                std::to_string(head_dim) + " (see FLASH_ATTENTION_INSTANCES in the build's settings)");
+  }
+  return *info;
+}
+
+const KernelInfo& forward_kernel(const ForwardParams& p) {
+  return find(KernelKind::kForward, p.dtype, p.head_dim, is_modified(p) || p.s_dmask != nullptr);
+}
+const KernelInfo& backward_kernel(const BackwardParams& p) {
+  return find(KernelKind::kBackward, p.dtype, p.head_dim, is_modified(p));
+}
+
+template <class Params>
+void launch(const KernelInfo& kernel, Params& params, const Queue& queue, int more_shared_bytes = 0) {
+  const int64_t blocks = kernel.blocks(&params);
+  if (blocks == 0) return;
+  if (blocks > 0x7fffffff) throw std::invalid_argument("the call needs more than 2^31 thread blocks (split the batch)");
+  const int shared_bytes = kernel.shared_bytes + more_shared_bytes;
+  if (shared_bytes > 48 * 1024) {
+    check(cudaFuncSetAttribute(kernel.device, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+          "reserving shared memory");
+  }
+  void* arguments[] = {&params};
+  check(cudaLaunchKernel(kernel.device, dim3(unsigned(blocks)), dim3(unsigned(kernel.threads)), arguments,
+                         size_t(shared_bytes), static_cast<cudaStream_t>(queue.stream)),
+        "launching a kernel");
+}
+
+size_t align(size_t bytes) { return (bytes + 255) / 256 * 256; }
+
+// ---- forward ---------------------------------------------------------------------------------------------------------
+
+int64_t partial_rows(const ForwardParams& p) {
+  return int64_t(p.num_splits) * p.batch * p.heads_q * p.seqlen_q;
+}
+
+// Whether one block can hold a row's running fold beside its tiles.
+bool stash_fits(const KernelInfo& kernel, const Queue& queue) {
+  return kernel.shared_bytes + kernel.stash_bytes <=
+         device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, queue);
+}
+
+Workspace plan_forward(ForwardParams& p, const Queue& queue) {
+  const KernelInfo& kernel = forward_kernel(p);
+  if (p.split_size < 0 || p.split_size % kernel.block_n != 0) {
+    throw std::invalid_argument("split_size must be a multiple of the key block " + std::to_string(kernel.block_n) +
+                                " of head_dim " + std::to_string(p.head_dim) + ", got " + std::to_string(p.split_size));
+  }
+  p.num_splits = 1;
+  const int64_t blocks = kernel.blocks(&p);
+  const int64_t room = int64_t(2) * device_attribute(cudaDevAttrMultiProcessorCount, queue);
+  if (p.s_dmask != nullptr && p.split_size == 0) return {0};  // a second pass needs the row's final sum
+
+  const int key_blocks = ceil_div(p.seqlen_k, kernel.block_n);
+  if (p.split_size > 0) {
+    const int chunks = ceil_div(p.seqlen_k, p.split_size);
+    const bool alone = p.s_dmask != nullptr;
+    if (chunks > 1 && !alone && (blocks < room || !stash_fits(kernel, queue))) p.num_splits = chunks;
+    if (chunks > 1 && alone && !stash_fits(kernel, queue)) {
+      throw std::invalid_argument(
+          "return_attn_probs with split_size needs more shared memory than this GPU has (use a split_size of at least "
+          "the number of keys)");
+    }
+  } else if (!p.deterministic && blocks * 2 <= room && key_blocks >= 8) {
+    // Too few blocks to fill the GPU: shares of at least four key blocks each.
+    const int wanted = int(std::min<int64_t>(room / std::max<int64_t>(blocks, 1), key_blocks / 4));
+    p.split_size = ceil_div(key_blocks, wanted) * kernel.block_n;
+    p.num_splits = ceil_div(p.seqlen_k, p.split_size);
+    if (p.num_splits == 1) p.split_size = 0;
+  }
+  if (p.num_splits == 1) return {0};
+  return {align(size_t(partial_rows(p)) * p.head_dim * sizeof(float)) + 2 * align(size_t(partial_rows(p)) * sizeof(float))};
+}
+
+void forward(ForwardParams p, void* workspace, const Queue& queue) {
+  const KernelInfo& kernel = forward_kernel(p);
+  if (p.num_splits > 1) {
+    char* at = static_cast<char*>(workspace);
+    p.partial_out = at;
+    at += align(size_t(partial_rows(p)) * p.head_dim * sizeof(float));
+    p.partial_max = at;
+    at += align(size_t(partial_rows(p)) * sizeof(float));
+    p.partial_sum = at;
+    launch(kernel, p, queue);
+    launch(find(KernelKind::kCombine, p.dtype), p, queue);
+    return;
+  }
+  const bool may_fold = p.split_size > 0 && p.seqlen_k > p.split_size;
+  launch(kernel, p, queue, may_fold ? kernel.stash_bytes : 0);
+}
+
+// ---- backward --------------------------------------------------------------------------------------------------------
+
+size_t dq_accum_bytes(const BackwardParams& p, const KernelInfo& kernel) {
+  return align(size_t(p.heads_q) * query_blocks(p, kernel.block_m) * kernel.block_m * kernel.key.head_dim *
+               sizeof(float));
+}
+size_t dq_turn_bytes(const BackwardParams& p, const KernelInfo& kernel) {
+  return p.deterministic ? align(size_t(p.heads_q) * query_blocks(p, kernel.block_m) * sizeof(int32_t)) : 0;
+}
+
+Workspace plan_backward(BackwardParams& p, const Queue&) {
+  const KernelInfo& kernel = backward_kernel(p);
+  return {dq_accum_bytes(p, kernel) + dq_turn_bytes(p, kernel)};
+}
+
+void backward(BackwardParams p, void* workspace, const Queue& queue) {
+  const KernelInfo& kernel = backward_kernel(p);
+  const size_t accum_bytes = dq_accum_bytes(p, kernel), turn_bytes = dq_turn_bytes(p, kernel);
+  p.dq_accum = workspace;
+  p.dq_turn = p.deterministic ? reinterpret_cast<int32_t*>(static_cast<char*>(workspace) + accum_bytes) : nullptr;
+  check(cudaMemsetAsync(workspace, 0, accum_bytes + turn_bytes, static_cast<cudaStream_t>(queue.stream)),
+        "clearing the accumulator of dQ");
+  launch(find(KernelKind::kPreprocess, p.dtype, p.head_dim), p, queue);
+  launch(kernel, p, queue);
+  launch(find(KernelKind::kFinishDq, p.dtype, p.head_dim), p, queue);
+}
+
+int key_block(DType dtype, int head_dim) { return find(KernelKind::kForward, dtype, head_dim).block_n; }
+
+const char* describe(const Queue& queue) {
+  thread_local char text[320];
+  cudaDeviceProp properties;
+  check(cudaGetDeviceProperties(&properties, queue.device_index), "reading the device's properties");
+  std::snprintf(text, sizeof text, "%s, compute capability %d.%d, %d multiprocessors, kernels for %s", properties.name,
+                properties.major, properties.minor, properties.multiProcessorCount, table().machine);
+  return text;
+}
+
+const Backend kGpuBackend = {"cuda", plan_forward, forward, plan_backward, backward, key_block, describe};
+
+}  // namespace
+
+const Backend& gpu_backend() { return kGpuBackend; }
+
+}  // namespace flash_attn

@@ -1,0 +1,103 @@
+// Where elements lie in LDS, and which thread moves which: plain index arithmetic, checked for bank conflicts by a test.
+//
+// LDS has 32 banks of 4 bytes. A 16-byte read is served eight lanes at a time, lanes {4i..4i+3} together with another four
+// (gfx90a: 0-3 with 20-23, 4-7 with 16-19, ...); a chunk of a row or column is therefore moved to another 16-byte
+// slot of its 128-byte line, by the exclusive or with a few bits of the row's or column's index.
+#pragma once
+
+#include "machine.h"
+
+namespace flash_attn::gfx90a {
+
+// A matrix of lines, each a row of `LINE_CHUNKS` 16-byte chunks.
+template <int LINE_CHUNKS>
+struct Swizzle {
+  static_assert(LINE_CHUNKS % 4 == 0 || LINE_CHUNKS == 2);
+  // Bits by which line `line` permutes its chunks. Where a line is no multiple of 128 bytes, neighbours in the same
+  // 128 bytes already differ in their position.
+  static FA_HOST_DEVICE int key(int line) {
+    if (LINE_CHUNKS % 8 == 0) return line % 8;
+    return LINE_CHUNKS % 4 == 0 ? line / 2 % 4 : line / 4 % 2;
+  }
+};
+
+// Rows of COLS elements.
+template <class T, int COLS>
+struct StraightLayout {
+  static constexpr int kChunks = COLS * int(sizeof(T)) / 16;
+  static constexpr int kPeriod = kChunks % 8 == 0 ? 8 : 4;
+
+  static FA_HOST_DEVICE int offset(int row, int chunk) {
+    return row * (kChunks * 16) + (chunk ^ Swizzle<kChunks>::key(row)) * 16;
+  }
+
+  // Of the chunk that this lane needs for rows row0..row0 + TILE - 1, step group g: constants are kept apart from what
+  // depends on the lane, so that a loop needs few addresses.
+  template <int TILE>
+  static FA_DEVICE int lane_offset(int row0, int g) {
+    using S = Shape<TILE>;
+    const int row = row0 + S::lane_row(), first = S::kGroups * g;
+    const int lane_part = row * (kChunks * 16) + (S::group() ^ Swizzle<kChunks>::key(row)) * 16;
+    return (lane_part ^ (first % kPeriod * 16)) + first / kPeriod * (kPeriod * 16);
+  }
+};
+
+// Columns of ROWS 16-bit elements. Within the k of two steps the rows are ordered so that a lane finds its two quads
+// side by side.
+template <int ROWS, int TILE>
+struct TransposedLayout {
+  using S = Shape<TILE>;
+  static constexpr int kChunks = ROWS * 2 / 16;
+  static constexpr bool kPaired = ROWS % (2 * S::kStep) == 0;
+  static constexpr int kPeriod = kChunks % 8 == 0 ? 8 : kChunks % 4 == 0 ? 4 : 2;
+
+  // The columns of eight that one thread writes differ in col / 8 from lane to lane, so both take part.
+  static FA_HOST_DEVICE int key(int col) {
+    if (kChunks % 8 == 0) return (col ^ (col / 8)) % 8;
+    return kChunks % 4 == 0 ? (col / 2 ^ col / 8) % 4 : (col / 4 ^ col / 8) % 2;
+  }
+
+  // Position of a row within its column.
+  static FA_HOST_DEVICE int position(int row) {
+    if (!kPaired) return row;
+    const int pair = row / (2 * S::kStep), step = row / S::kStep % 2, group = row / 4 % S::kGroups;
+    return pair * (2 * S::kStep) + group * 8 + step * 4 + row % 4;
+  }
+
+  static FA_HOST_DEVICE int quad_offset(int col, int row) {
+    const int at = position(row);
+    return col * (ROWS * 2) + ((at / 8) ^ key(col)) * 16 + at % 8 * 2;
+  }
+
+  template <int LANE_TILE>
+  static FA_DEVICE int lane_offset(int col0, int g) {
+    const int col = col0 + S::lane_row(), first = S::kGroups * g;
+    const int lane_part = col * (ROWS * 2) + (S::group() ^ key(col)) * 16;
+    return (lane_part ^ (first % kPeriod * 16)) + first / kPeriod * (kPeriod * 16);
+  }
+};
+
+// What one thread moves at a time: one chunk, or, where a transposed copy is written, the same chunk of two or four
+// neighbouring rows, so that its columns can be written in words.
+template <int ROWS, int COLS, int ELEMENTS, int THREADS, bool TRANSPOSED>
+struct LoadUnit {
+  static constexpr int kChunks = COLS / ELEMENTS;
+  static constexpr int kRows = !TRANSPOSED ? 1 : (ROWS / 4 * kChunks >= THREADS ? 4 : 2);
+  static constexpr int kCount = ROWS / kRows * kChunks;
+  static constexpr int kNear = kChunks % 8 == 0 ? 8 : 4;  // neighbouring lanes read 64 or 128 bytes of a row
+  static_assert(kChunks % kNear == 0 && ROWS % kRows == 0);
+
+  int row, col;
+
+  FA_DEVICE explicit LoadUnit(int unit) {
+    const int near = unit % kNear;
+    int far = unit / kNear;
+    constexpr int kRowUnits = ROWS / kRows;
+    const int row_unit = far % kRowUnits;
+    far /= kRowUnits;
+    row = row_unit * kRows;
+    col = (far * kNear + near) * ELEMENTS;
+  }
+};
+
+}  // namespace flash_attn::gfx90a

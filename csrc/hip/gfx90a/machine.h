@@ -1,0 +1,156 @@
+// The machine: 64-lane waves, matrix instructions, and the 16-byte pieces in which operands travel.
+//
+// Both shapes used, 32 x 32 and 16 x 16, take four consecutive k of one row from each lane (a *quad*): lane l holds
+// row l % kTile and k = 4 * (l / kTile) + 0..3 of the kStep = 4 * 64 / kTile that one step covers. The result has its
+// column in lane l % kTile and rows 4 * (l / kTile) + i % 4 + kStep * (i / 4) in registers i: again quads. So the
+// registers of one product, narrowed, are an operand of the next.
+#pragma once
+
+#include "../../cuda/compat.cuh"
+
+namespace flash_attn::gfx90a {
+
+template <class E, int N>
+using Vector = E __attribute__((ext_vector_type(N)));
+
+using SharedPointer = __attribute__((address_space(3))) char*;
+
+constexpr int kLanes = 64;
+
+FA_DEVICE int lane_of_wave() { return int(threadIdx.x) % kLanes; }
+FA_DEVICE int wave_of_block() { return __builtin_amdgcn_readfirstlane(int(threadIdx.x) / kLanes); }
+
+// A matrix instruction's shape: TILE x TILE results.
+template <int TILE>
+struct Shape {
+  static constexpr int kGroups = kLanes / TILE;        // lane groups that share the k of a step
+  static constexpr int kStep = 4 * kGroups;            // k of a step
+  static constexpr int kRegs = TILE * TILE / kLanes;   // results of a lane
+  using Result = Vector<float, kRegs>;
+
+  static FA_DEVICE int lane_row() { return lane_of_wave() % TILE; }
+  static FA_DEVICE int group() { return lane_of_wave() / TILE; }
+  // The row of the result in register i.
+  static FA_DEVICE int result_row(int i) { return kStep * (i / 4) + 4 * group() + i % 4; }
+};
+
+// The tile for an extent that one wave covers.
+constexpr int tile_for(int extent) { return extent % 32 == 0 ? 32 : 16; }
+
+// Four consecutive k of a row.
+template <class T>
+using Quad = Vector<std::conditional_t<std::is_same_v<T, float>, float, uint16_t>, 4>;
+
+// Quads that one 16-byte access brings.
+template <class T>
+constexpr int kQuadsOfChunk = 4 / sizeof(T);
+
+template <class T>
+constexpr int kChunkElements = 16 / sizeof(T);
+
+template <class T>
+using Chunk = Vector<std::conditional_t<std::is_same_v<T, float>, float, uint16_t>, kChunkElements<T>>;
+
+template <class T>
+FA_DEVICE Quad<T> quad_of(const Chunk<T>& chunk, int q) {
+  if constexpr (sizeof(T) == 4) {
+    return chunk;
+  } else {
+    return q == 0 ? chunk.lo : chunk.hi;
+  }
+}
+
+// result[i][j] += sum_k a[i][k] b[j][k] for one step of k; j in the lanes, i in the registers.
+template <class T, int TILE>
+FA_DEVICE void matrix_step(const Quad<T>& a, const Quad<T>& b, typename Shape<TILE>::Result& result) {
+  if constexpr (std::is_same_v<T, Half>) {
+    using Native = Vector<_Float16, 4>;
+    const Native x = __builtin_bit_cast(Native, a), y = __builtin_bit_cast(Native, b);
+    if constexpr (TILE == 32) {
+      result = __builtin_amdgcn_mfma_f32_32x32x8f16(x, y, result, 0, 0, 0);
+    } else {
+      result = __builtin_amdgcn_mfma_f32_16x16x16f16(x, y, result, 0, 0, 0);
+    }
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    using Native = Vector<short, 4>;
+    const Native x = __builtin_bit_cast(Native, a), y = __builtin_bit_cast(Native, b);
+    if constexpr (TILE == 32) {
+      result = __builtin_amdgcn_mfma_f32_32x32x8bf16_1k(x, y, result, 0, 0, 0);
+    } else {
+      result = __builtin_amdgcn_mfma_f32_16x16x16bf16_1k(x, y, result, 0, 0, 0);
+    }
+  } else {
+    FA_UNROLL
+    for (int i = 0; i < 4; ++i) {  // instruction i takes the i-th k of every lane group
+      if constexpr (TILE == 32) {
+        result = __builtin_amdgcn_mfma_f32_32x32x2f32(a[i], b[i], result, 0, 0, 0);
+      } else {
+        result = __builtin_amdgcn_mfma_f32_16x16x4f32(a[i], b[i], result, 0, 0, 0);
+      }
+    }
+  }
+}
+
+// The 16-bit halves of two words: (low of a, low of b) or (high of a, high of b), a first in memory.
+FA_DEVICE uint32_t pack_low(uint32_t a, uint32_t b) { return __builtin_amdgcn_perm(b, a, 0x05040100); }
+FA_DEVICE uint32_t pack_high(uint32_t a, uint32_t b) { return __builtin_amdgcn_perm(b, a, 0x07060302); }
+
+// To nearest, ties to even. Unlike compat.cuh's narrow() it has no branch for NaN: the NaNs of 16-bit inputs and of the
+// hardware (0x7fc00000) have the low half of their payload clear, so the rounding cannot carry out of it.
+FA_DEVICE uint32_t round_to_bfloat16(float x) {
+  const uint32_t bits = float_to_bits(x);
+  return bits + 0x7fff + ((bits >> 16) & 1);
+}
+
+template <class T>
+FA_DEVICE Quad<T> narrow_quad(float x0, float x1, float x2, float x3) {
+  if constexpr (std::is_same_v<T, float>) {
+    return Quad<T>{x0, x1, x2, x3};
+  } else if constexpr (std::is_same_v<T, Half>) {
+    const Vector<_Float16, 4> h = {_Float16(x0), _Float16(x1), _Float16(x2), _Float16(x3)};
+    return __builtin_bit_cast(Quad<T>, h);
+  } else {
+    const Vector<uint32_t, 2> words = {pack_high(round_to_bfloat16(x0), round_to_bfloat16(x1)),
+                                       pack_high(round_to_bfloat16(x2), round_to_bfloat16(x3))};
+    return __builtin_bit_cast(Quad<T>, words);
+  }
+}
+
+// The larger of two numbers; a NaN is passed over. One instruction: the median of x, y and infinity, where
+// fmaxf would first make signalling NaNs quiet.
+FA_DEVICE float max_number(float x, float y) { return __builtin_amdgcn_fmed3f(x, y, infinity<float>()); }
+
+template <class T>
+using Bits = std::conditional_t<sizeof(T) == 4, float, uint16_t>;
+
+// N elements of device memory from `src`, those at `count` and beyond zero and unread. Whole vectors are read when
+// `vectors` (which promises that `src` is aligned and that count is 0 or at least N).
+template <class T, int N>
+FA_DEVICE Vector<Bits<T>, N> read_elements(const T* src, int count, bool vectors) {
+  using V = Vector<Bits<T>, N>;
+  V x = {};
+  if (vectors) {
+    if (count > 0) x = *reinterpret_cast<const V*>(src);
+  } else {
+    FA_UNROLL
+    for (int i = 0; i < N; ++i) {
+      if (i < count) x[i] = reinterpret_cast<const Bits<T>*>(src)[i];
+    }
+  }
+  return x;
+}
+
+template <class T, int N>
+FA_DEVICE void write_elements(T* dst, const Vector<Bits<T>, N>& x, int count, bool vectors) {
+  using V = Vector<Bits<T>, N>;
+  if (vectors) {
+    if (count > 0) *reinterpret_cast<V*>(dst) = x;
+  } else {
+    FA_UNROLL
+    for (int i = 0; i < N; ++i) {
+      if (i < count) reinterpret_cast<Bits<T>*>(dst)[i] = x[i];
+    }
+  }
+}
+
+}  // namespace flash_attn::gfx90a

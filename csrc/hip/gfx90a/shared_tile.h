@@ -1,0 +1,151 @@
+// A tile in LDS, filled from device memory through registers: load() starts the reads, land() writes them to LDS, so that
+// the next tile can be on its way while this one is multiplied.
+//
+// It is kept row by row for uses with k along the columns, and, where 16-bit elements are wanted with k along the rows,
+// transposed as well: the transposition is done once, in registers, between the read and the write. fp32 needs no second
+// copy, since one element is one bank. 16-byte chunks are swizzled so that no access has bank conflicts (see layout.h).
+#pragma once
+
+#include "../../cuda/tile/tile.cuh"
+#include "layout.h"
+#include "machine.h"
+
+namespace flash_attn::gfx90a {
+
+template <class T, int WARPS, int ROWS, int COLS, unsigned USES>
+class SharedTile {
+ public:
+  static constexpr int kRows = ROWS, kCols = COLS;
+  static constexpr bool kTransposed = sizeof(T) == 2 && (USES & (kKM | kKN)) != 0;
+  static constexpr bool kStraight = !kTransposed || (USES & (kMK | kNK | kStaging)) != 0;
+  static constexpr int kCopyBytes = ROWS * COLS * int(sizeof(T));
+  static constexpr int kBytes = kCopyBytes * (int(kStraight) + int(kTransposed));
+
+  FA_DEVICE explicit SharedTile(char* shared) : straight_((SharedPointer)shared), transposed_(straight_ + (kStraight ? kCopyBytes : 0)) {}
+
+  FA_DEVICE void load(const T* src, int64_t row_stride, int rows, int cols, bool aligned) {
+    const bool vectors = aligned && cols % kElements == 0;
+    if (vectors && rows >= ROWS && cols >= COLS) {
+      for_each_vector([&](int row, int col, int v) { staged_[v] = *reinterpret_cast<const Chunk<T>*>(src + row * row_stride + col); });
+    } else {
+      for_each_vector([&](int row, int col, int v) {
+        staged_[v] = read_elements<T, kElements>(src + row * row_stride + col, row < rows ? cols - col : 0, vectors);
+      });
+    }
+  }
+
+  FA_DEVICE void land() {
+    if constexpr (kStraight) {
+      for_each_vector([&](int row, int col, int v) { write_chunk(straight_ + Straight::offset(row, col / kElements), staged_[v]); });
+    }
+    if constexpr (kTransposed) {
+      FA_UNROLL
+      for (int i = 0; i < kIterations; ++i) {
+        const int unit = int(threadIdx.x) + i * kThreads;
+        if (kUnits % kThreads != 0 && unit >= kUnits) break;
+        const Unit where(unit);
+        FA_UNROLL
+        for (int word = 0; word < 4; ++word) {
+          write_columns(where, 2 * word, i, [](const Chunk<T>& x, const Chunk<T>& y, int w) { return pack_low(word_of(x, w), word_of(y, w)); });
+          write_columns(where, 2 * word + 1, i, [](const Chunk<T>& x, const Chunk<T>& y, int w) { return pack_high(word_of(x, w), word_of(y, w)); });
+        }
+      }
+    }
+  }
+
+  // Chunk g of row `row`, k along the columns.
+  template <int TILE>
+  FA_DEVICE Chunk<T> row_chunk(int row, int g) const {
+    static_assert(kStraight);
+    return at<Chunk<T>>(straight_ + Straight::template lane_offset<TILE>(row, g));
+  }
+
+  // Quads of column `col`, k along the rows: step `first` and, in a 16-byte access, the next.
+  template <int TILE, int QUADS>
+  FA_DEVICE void column_quads(int col, int first, Quad<T> (&quads)[QUADS]) const {
+    static_assert((USES & (kKM | kKN)) != 0 && (sizeof(T) == 4 || TILE == kTile));
+    using S = Shape<TILE>;
+    if constexpr (sizeof(T) == 4) {
+      FA_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int k = S::kStep * first + 4 * S::group() + i, c = col + S::lane_row();
+        quads[0][i] = at<float>(straight_ + Straight::offset(k, c / 4) + c % 4 * 4);
+      }
+    } else if constexpr (QUADS == 2) {
+      const auto chunk = at<Chunk<T>>(transposed_ + Transposed::template lane_offset<TILE>(col, first / 2));
+      quads[0] = chunk.lo;
+      quads[1] = chunk.hi;
+    } else {
+      quads[0] = at<Quad<T>>(transposed_ + Transposed::quad_offset(col + S::lane_row(), S::kStep * first + 4 * S::group()));
+    }
+  }
+
+  template <class Source>
+  FA_DEVICE void put(const Source& x) {
+    static_assert(kStraight && Source::kM == ROWS && Source::kN == COLS);
+    Source::for_each([&](int, int row, int col, int reg) { set(row, col, __builtin_bit_cast(Bits<T>, narrow<T>(x[reg]))); });
+  }
+
+  FA_DEVICE void set(int row, int col, Bits<T> x) {
+    at<Bits<T>>(straight_ + Straight::offset(row, col / kElements) + col % kElements * int(sizeof(T))) = x;
+  }
+
+  FA_DEVICE void write(T* dst, int64_t row_stride, int rows, int cols, bool aligned) const {
+    static_assert(kStraight);
+    const bool vectors = aligned && cols % kElements == 0;
+    for_each_vector([&](int row, int col, int) {
+      const auto x = at<Chunk<T>>(straight_ + Straight::offset(row, col / kElements));
+      write_elements<T, kElements>(dst + row * row_stride + col, x, row < rows ? cols - col : 0, vectors);
+    });
+  }
+
+ private:
+  template <class V>
+  static FA_DEVICE __attribute__((address_space(3))) V& at(SharedPointer p) {
+    return *reinterpret_cast<__attribute__((address_space(3))) V*>(p);
+  }
+
+  static constexpr int kElements = kChunkElements<T>;
+  static constexpr int kThreads = WARPS * kLanes;
+  static constexpr int kTile = tile_for(ROWS);
+  using Straight = StraightLayout<T, COLS>;
+  using Transposed = TransposedLayout<ROWS, kTile>;
+  using Unit = LoadUnit<ROWS, COLS, kElements, kThreads, kTransposed>;
+  static constexpr int kUnitRows = Unit::kRows, kUnits = Unit::kCount;
+  static constexpr int kIterations = (kUnits + kThreads - 1) / kThreads;
+
+  // f(row, col, v) for the chunks this thread moves.
+  template <class F>
+  static FA_DEVICE void for_each_vector(F&& f) {
+    FA_UNROLL
+    for (int i = 0; i < kIterations; ++i) {
+      const int unit = int(threadIdx.x) + i * kThreads;
+      if (kUnits % kThreads != 0 && unit >= kUnits) break;
+      const Unit where(unit);
+      FA_UNROLL
+      for (int r = 0; r < kUnitRows; ++r) f(where.row + r, where.col, i * kUnitRows + r);
+    }
+  }
+
+  static FA_DEVICE void write_chunk(SharedPointer to, const Chunk<T>& x) { at<Chunk<T>>(to) = x; }
+  static FA_DEVICE uint32_t word_of(const Chunk<T>& x, int w) { return __builtin_bit_cast(Words, x)[w]; }
+
+  // Column where.col + c of the unit's rows, packed by `pack` from pairs of rows.
+  template <class F>
+  FA_DEVICE void write_columns(const Unit& where, int c, int i, F&& pack) {
+    const SharedPointer to = transposed_ + Transposed::quad_offset(where.col + c, where.row);
+    const Chunk<T>* x = staged_ + i * kUnitRows;
+    if constexpr (kUnitRows == 4) {
+      at<Vector<uint32_t, 2>>(to) =
+          Vector<uint32_t, 2>{pack(x[0], x[1], c / 2), pack(x[2], x[3], c / 2)};
+    } else {
+      at<uint32_t>(to) = pack(x[0], x[1], c / 2);
+    }
+  }
+
+  using Words = Vector<uint32_t, 4>;
+  SharedPointer straight_, transposed_;
+  Chunk<T> staged_[kIterations * kUnitRows];
+};
+
+}  // namespace flash_attn::gfx90a

@@ -1,0 +1,259 @@
+"""Checks of what callers pass. Every message names the argument, what is wanted, what came, and a way out.
+
+Nothing here reads device memory, so no check costs a synchronisation: the values of cu_seqlens, cache lengths and page
+tables are looked at only where they lie on the CPU, or with FLASH_ATTENTION_INTERNAL_DEBUG=1. Kernels stay within the
+tensors they are given whatever those values are.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from flash_attn import _library, modes
+
+MAX_HEAD_DIM = 256
+# A window this wide sees every key; kernels add it to positions in 32 bits.
+UNBOUNDED_WINDOW = 2**30
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def fail(name: str, wanted: str, got: Any, fix: str) -> NoReturn:
+    """Raises ValueError in the form that all checks share."""
+    raise ValueError(f"{name}: {wanted}, got {got} ({fix})")
+
+
+def fail_type(name: str, wanted: str, got: Any, fix: str) -> NoReturn:
+    """Raises TypeError in the form that all checks share."""
+    raise TypeError(f"{name}: must be {wanted}, got {type(got).__name__} ({fix})")
+
+
+def tensor(name: str, x: Any, shape: Sequence[str]) -> None:
+    """x is a strided tensor with as many dimensions as `shape` names."""
+    if not isinstance(x, Tensor):
+        fail_type(name, "a torch.Tensor", x, f"pass a tensor of shape [{', '.join(shape)}]")
+    if x.layout != torch.strided:
+        fail(name, "layout must be strided", x.layout, "call .to_dense()")
+    if x.dim() != len(shape):
+        fail(name, f"must have {len(shape)} dimensions [{', '.join(shape)}]", f"shape {list(x.shape)}", "reshape it")
+
+
+def _same(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    if x.dtype != other.dtype:
+        fail(name, f"dtype must be that of {other_name}, {other.dtype}", x.dtype, "convert one of them")
+    if x.device != other.device:
+        fail(name, f"device must be that of {other_name}, {other.device}", x.device, "move one of them")
+
+
+def _float_input(name: str, x: Tensor) -> None:
+    if x.dtype not in DTYPES:
+        fail(name, "dtype must be float16, bfloat16, float32 or float64", x.dtype, "convert with .to(dtype)")
+    if x.device.type not in _library.DEVICE_TYPES:
+        built = ", ".join(sorted(_library.DEVICE_TYPES - {"meta"}))
+        fail(name, f"device must be one this build has kernels for: {built}", x.device, "move it, or rebuild for it")
+    if x.dtype == torch.float64 and x.device.type == "cuda":
+        fail(name, "float64 runs on the CPU only", f"device {x.device}", "use float32 or move it to the CPU")
+
+
+def _head_dim(name: str, x: Tensor) -> None:
+    head_dim = x.shape[-1]
+    if head_dim > MAX_HEAD_DIM:
+        fail(name, f"head_dim must be at most {MAX_HEAD_DIM}", head_dim, "pad or split the heads")
+    if head_dim < 1 or x.shape[-2] < 1:
+        fail(name, "needs at least one head and one element in a head", f"shape {list(x.shape)}", "check the view")
+
+
+def qkv(q: Any, k: Any, v: Any, names: Sequence[str] = ("q", "k", "v"), packed: bool = False) -> None:
+    """q [batch, seqlen_q, heads_q, dim] and k, v [batch, seqlen_k, heads_kv, dim]; packed: [total, heads, dim]."""
+    rows = ("total",) if packed else ("batch", "seqlen")
+    for name, x in zip(names, (q, k, v), strict=True):
+        tensor(name, x, (*rows, "heads", "head_dim"))
+    if not packed and k.shape[0] != q.shape[0]:
+        fail(names[1], f"batch must be that of {names[0]}, {q.shape[0]}", k.shape[0], "expand it")
+    _all_alike(q, k, v, names)
+
+
+def paged(q: Any, k: Any, v: Any, names: Sequence[str] = ("q", "k", "v"), packed: bool = False) -> None:
+    """q as in `qkv`, k and v pages [num_blocks, page_size, heads_kv, dim]."""
+    rows = ("total",) if packed else ("batch", "seqlen")
+    tensor(names[0], q, (*rows, "heads", "head_dim"))
+    for name, x in zip(names[1:], (k, v), strict=True):
+        tensor(name, x, ("num_blocks", "page_size", "heads", "head_dim"))
+    _all_alike(q, k, v, names)
+    if k.shape[0] < 1 or k.shape[1] < 1:
+        fail(names[1], "needs at least one page of at least one key", f"shape {list(k.shape)}", "allocate the pages")
+
+
+def _all_alike(q: Tensor, k: Tensor, v: Tensor, names: Sequence[str]) -> None:
+    """What padded, packed and paged inputs share: dtypes, devices, head dimensions, heads."""
+    _float_input(names[0], q)
+    _head_dim(names[0], q)
+    for name, x in zip(names[1:], (k, v), strict=True):
+        _same(name, x, names[0], q)
+        if x.shape[-1] != q.shape[-1]:
+            fail(name, f"head_dim must be that of {names[0]}, {q.shape[-1]}", x.shape[-1], "pad the smaller one")
+    if v.shape != k.shape:
+        fail(names[2], f"shape must be that of {names[1]}, {list(k.shape)}", list(v.shape), "check both views")
+    heads(names[1], k.shape[-2], q.shape[-2])
+
+
+def heads(name: str, heads_kv: int, heads_q: int) -> None:
+    """heads_kv divides heads_q."""
+    if heads_kv < 1 or heads_q % heads_kv:
+        fail(name, f"its heads must divide the {heads_q} heads of q", heads_kv, "repeat or regroup the heads")
+
+
+def packed_qkv(x: Any, name: str, slots: int, packed: bool) -> None:
+    """x [batch, seqlen, slots, heads, dim], or [total, slots, heads, dim] when packed."""
+    rows = ("total",) if packed else ("batch", "seqlen")
+    tensor(name, x, (*rows, str(slots), "heads", "head_dim"))
+    if x.shape[-3] != slots:
+        fail(name, f"dimension -3 must be {slots}", f"shape {list(x.shape)}", "stack q, k, v along dimension -3")
+
+
+def number(name: str, x: Any) -> float:
+    """x as a finite float."""
+    if isinstance(x, bool) or not isinstance(x, (int, float, torch.SymInt, torch.SymFloat, Tensor)):
+        fail_type(name, "a number", x, "pass a float")
+    value = float(x)
+    if not -math.inf < value < math.inf:  # false for NaN too; math.isfinite cannot be traced
+        fail(name, "must be finite", value, "check how it is computed")
+    return value
+
+
+def dropout(dropout_p: Any) -> float:
+    """dropout_p in [0, 1)."""
+    value = number("dropout_p", dropout_p)
+    if not 0.0 <= value < 1.0:
+        fail("dropout_p", "must be at least 0 and below 1", value, "pass the probability to drop")
+    return value
+
+
+def softcap(value: Any) -> float:
+    """softcap, 0 (off) or positive."""
+    value = number("softcap", value)
+    if value < 0.0:
+        fail("softcap", "must be 0 (off) or positive", value, "pass 0.0 to switch it off")
+    return value
+
+
+def window(window_size: Any, causal: bool) -> tuple[int, int]:
+    """(left, right), each -1 (unbounded) or at least 0, with causal folded into right."""
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
+        fail_type("window_size", "a pair (left, right)", window_size, "pass (-1, -1) for no window")
+    bounds = []
+    for side, bound in zip(("left", "right"), window_size, strict=True):
+        if isinstance(bound, bool) or not isinstance(bound, (int, torch.SymInt)):
+            fail_type(f"window_size {side}", "an int", bound, "pass -1 for no bound")
+        if bound < -1:
+            fail(f"window_size {side}", "must be -1 (no bound) or at least 0", bound, "pass -1 for no bound")
+        bounds.append(-1 if bound >= UNBOUNDED_WINDOW else bound)
+    left, right = bounds
+    return left, 0 if causal else right
+
+
+def alibi(slopes: Any, q: Tensor, batch: int) -> Tensor | None:
+    """ALiBi slopes, float32 [heads_q] or [batch, heads_q], innermost stride 1."""
+    if slopes is None:
+        return None
+    if not isinstance(slopes, Tensor):
+        fail_type("alibi_slopes", "a torch.Tensor or None", slopes, "pass a float32 tensor")
+    if slopes.dtype != torch.float32:
+        fail("alibi_slopes", "dtype must be torch.float32", slopes.dtype, "convert with .float()")
+    if slopes.device != q.device:
+        fail("alibi_slopes", f"device must be that of q, {q.device}", slopes.device, "move it")
+    heads_q = q.shape[-2]
+    if tuple(slopes.shape) not in ((heads_q,), (batch, heads_q)):
+        wanted = f"shape must be [{heads_q}] or [{batch}, {heads_q}]"
+        fail("alibi_slopes", wanted, list(slopes.shape), "one slope for each query head")
+    if slopes.requires_grad and torch.is_grad_enabled():
+        fail("alibi_slopes", "has no gradient", "requires_grad=True", "pass alibi_slopes.detach()")
+    return slopes.contiguous()
+
+
+def sink(s_aux: Any, q: Tensor) -> None:
+    """Attention sinks, floating [heads_q]."""
+    if s_aux is None:
+        return
+    if not isinstance(s_aux, Tensor):
+        fail_type("s_aux", "a torch.Tensor or None", s_aux, "pass one logit for each query head")
+    if not s_aux.is_floating_point():
+        fail("s_aux", "dtype must be floating", s_aux.dtype, "convert with .float()")
+    if s_aux.device != q.device:
+        fail("s_aux", f"device must be that of q, {q.device}", s_aux.device, "move it")
+    if s_aux.dim() != 1 or s_aux.shape[0] != q.shape[-2]:
+        fail("s_aux", f"shape must be [{q.shape[-2]}]", list(s_aux.shape), "one logit for each query head")
+
+
+def max_seqlen(name: str, x: Any) -> int:
+    """A longest sequence as an int; a 0-d tensor is read (one synchronisation where it lies on a device)."""
+    if isinstance(x, Tensor):
+        if x.dim() != 0 or x.is_floating_point():
+            fail(name, "must be an int or a 0-d integer tensor", f"{x.dtype} {list(x.shape)}", "pass int(x)")
+        return int(x.item())
+    if isinstance(x, bool) or not isinstance(x, (int, torch.SymInt)):
+        fail_type(name, "an int or a 0-d integer tensor", x, "pass the longest sequence's length")
+    if x < 0:
+        fail(name, "must be at least 0", x, "pass the longest sequence's length")
+    return x
+
+
+def int32_vector(name: str, x: Any, device: torch.device, length: int | None = None) -> Tensor:
+    """An int32 tensor [length] on `device`, contiguous."""
+    if not isinstance(x, Tensor):
+        fail_type(name, "a torch.Tensor", x, "pass an int32 tensor")
+    if x.dtype != torch.int32:
+        fail(name, "dtype must be torch.int32", x.dtype, "convert with .int()")
+    if x.device != device:
+        fail(name, f"device must be that of q, {device}", x.device, "move it")
+    if x.dim() != 1 or (length is not None and x.shape[0] != length):
+        wanted = "n" if length is None else str(length)
+        fail(name, f"shape must be [{wanted}]", list(x.shape), "one entry for each sequence")
+    return x.contiguous()
+
+
+def values_are_readable(x: Tensor) -> bool:
+    """Whether looking at x's values is free (a real CPU tensor) or asked for."""
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter) or x.device.type == "meta":
+        return False
+    return x.device.type == "cpu" or modes.is_debug()
+
+
+def cu_seqlens(name: str, x: Any, device: torch.device, total: int | None, longest: int) -> Tensor:
+    """Cumulative lengths [batch + 1]: 0 first, never falling, the last at most `total`, no step above `longest`.
+
+    Rows from the last entry on belong to no sequence: their output is 0.
+    """
+    x = int32_vector(name, x, device)
+    if x.shape[0] < 1:
+        fail(name, "needs batch + 1 entries", 0, "a batch of no sequences is [0]")
+    if not values_are_readable(x):
+        return x
+    values = x.tolist()
+    if values[0] != 0:
+        fail(name, "must start with 0", values[0], "build it with a leading zero")
+    steps = [after - before for before, after in zip(values, values[1:], strict=False)]
+    if any(step < 0 for step in steps):
+        fail(name, "must not decrease", values, "pass cumulative lengths, not lengths")
+    if total is not None and values[-1] > total:
+        fail(name, f"last entry must be at most the {total} rows there are", values[-1], "check the lengths")
+    if steps and max(steps) > longest:
+        fail(f"max_seqlen of {name}", f"must be at least the longest sequence, {max(steps)}", longest, "raise it")
+    return x
+
+
+def in_range(name: str, x: Tensor, low: int, high: int, fix: str) -> None:
+    """low <= x <= high in every entry, where x may be read."""
+    if x.numel() and values_are_readable(x):
+        least, most = int(x.min()), int(x.max())
+        if least < low or most > high:
+            fail(name, f"entries must lie in [{low}, {high}]", f"[{least}, {most}]", fix)
+
+
+def gpu_generator(name: str, generator: Any) -> None:
+    """A torch.Generator or None."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        fail_type(name, "a torch.Generator or None", generator, "pass None for the default generator")

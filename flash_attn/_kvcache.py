@@ -1,0 +1,211 @@
+"""Decoding with a key-value cache: append, rotate, attend."""
+
+import torch
+from torch import Tensor
+
+from flash_attn import _checks as check
+from flash_attn import _library
+from flash_attn import _prepare as prepare
+from flash_attn._ops import forward, innermost_contiguous
+from flash_attn.ops.triton.rotary import rotate
+
+
+def flash_attn_with_kvcache(
+    q,
+    k_cache,
+    v_cache,
+    k=None,
+    v=None,
+    rotary_cos=None,
+    rotary_sin=None,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
+    rotary_interleaved=True,
+    alibi_slopes=None,
+    num_splits=0,
+    return_softmax_lse=False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Writes k and v into the cache in place behind what it holds, then attends to the cache.
+
+    Args:
+        q: [batch, seqlen_q, heads_q, dim].
+        k_cache, v_cache: [batch_cache, seqlen_cache, heads_kv, dim], or with block_table pages
+            [num_blocks, page_size, heads_kv, dim] of any page size.
+        k, v: [batch, seqlen_new, heads_kv, dim], or None to append nothing. They need cache_seqlens.
+        rotary_cos, rotary_sin: [seqlen_rotary, rotary_dim / 2]. k's row i is rotated to position cache_seqlens + i
+            before it is stored; q's row i to the same where causal or a window is on, else to cache_seqlens.
+        cache_seqlens: keys in the cache before the call, one int or int32 [batch]; None: the cache is full.
+        cache_batch_idx: int32 [batch], the cache row of each sequence. The rows are gathered into a copy.
+        cache_leftpad: int32 [batch], keys at the start of each cache row to skip (gathers a copy).
+        block_table: int32 [batch, pages], the pages of each sequence (gathered into a copy).
+        softmax_scale, causal, window_size, softcap, alibi_slopes: as in `flash_attn_func`; seqlen_k is the number of
+            keys after appending, less the left padding.
+        num_splits: kept for callers' sake; the planner decides, and results never depend on it.
+        return_softmax_lse: also return the LSE.
+
+    Returns:
+        out [batch, seqlen_q, heads_q, dim], or (out, softmax_lse [batch, heads_q, seqlen_q]). No gradient is recorded.
+
+    The values of cache_seqlens, cache_batch_idx, cache_leftpad and block_table are checked where they lie on the CPU.
+    """
+    _library.require()
+    _check(q, k_cache, v_cache, k, v, cache_batch_idx, block_table, num_splits)
+    with torch.no_grad():
+        capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+        new = 0 if k is None else k.shape[1]
+        before = _lengths(cache_seqlens, q, capacity - new)
+        after = None if before is None else before + new
+        if block_table is not None:
+            block_table = prepare.check_block_table(block_table, k_cache, q.shape[0], after, 0)
+        rows = _cache_rows(cache_batch_idx, q.shape[0], k_cache, block_table)
+        if rotary_cos is not None:
+            local = causal or tuple(window_size) != (-1, -1)
+            q, k = _rotate(q, k, rotary_cos, rotary_sin, before, local, rotary_interleaved, capacity)
+        if k is not None:
+            _append(k_cache, v_cache, k, v, before, rows, block_table)
+        keys, values, used = _visible_cache(k_cache, v_cache, rows, cache_batch_idx, cache_leftpad, block_table, after)
+        options = prepare.options(
+            q,
+            q.shape[1],
+            keys.shape[1],
+            softmax_scale=softmax_scale,
+            causal=causal,
+            window_size=window_size,
+            softcap=softcap,
+        )
+        tensors = prepare.tensors(q, q.shape[0], 0.0, seqused_k=used, alibi_slopes=alibi_slopes)
+        out, softmax_lse, _ = forward(
+            innermost_contiguous(q), innermost_contiguous(keys), innermost_contiguous(values), tensors, options
+        )
+    return (out, softmax_lse) if return_softmax_lse else out
+
+
+def _check(q, k_cache, v_cache, k, v, cache_batch_idx, block_table, num_splits) -> None:
+    """Shapes, dtypes and devices of the tensors that hold rows."""
+    check.paged(q, k_cache, v_cache, ("q", "k_cache", "v_cache"))
+    batch = q.shape[0]
+    if block_table is not None and cache_batch_idx is not None:
+        check.fail("cache_batch_idx", "must be None with block_table", "both", "order the rows of block_table instead")
+    if block_table is None and cache_batch_idx is None and k_cache.shape[0] != batch:
+        fix = "pass cache_batch_idx to choose rows"
+        check.fail("k_cache", f"batch must be that of q, {batch}", k_cache.shape[0], fix)
+    if (k is None) != (v is None):
+        check.fail("v" if v is None else "k", "must come with the other of k, v", None, "pass both or neither")
+    if k is not None:
+        check.qkv(q, k, v)
+        if k.shape[2] != k_cache.shape[2]:
+            check.fail("k", f"heads must be those of the cache, {k_cache.shape[2]}", k.shape[2], "check the layout")
+    if isinstance(num_splits, bool) or not isinstance(num_splits, int) or num_splits < 0:
+        check.fail("num_splits", "must be an int, 0 or positive", num_splits, "pass 0")
+
+
+def _lengths(cache_seqlens: int | Tensor | None, q: Tensor, most: int) -> Tensor | None:
+    """cache_seqlens as int32 [batch], each in [0, most]; most leaves room for the rows to append."""
+    batch = q.shape[0]
+    if most < 0:
+        check.fail("k", "must fit into the cache", f"{-most} rows too many", "allocate a longer cache")
+    if cache_seqlens is None:
+        return None
+    fix = "allocate a longer cache or pass fewer new rows"
+    if isinstance(cache_seqlens, Tensor):
+        lengths = check.int32_vector("cache_seqlens", cache_seqlens, q.device, batch)
+        check.in_range("cache_seqlens", lengths, 0, most, fix)
+        return lengths
+    if isinstance(cache_seqlens, bool) or not isinstance(cache_seqlens, (int, torch.SymInt)):
+        check.fail_type("cache_seqlens", "an int, an int32 tensor or None", cache_seqlens, "pass the keys in the cache")
+    if not 0 <= cache_seqlens <= most:
+        check.fail("cache_seqlens", f"must lie in [0, {most}]", cache_seqlens, fix)
+    return torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
+
+
+def _cache_rows(cache_batch_idx: Tensor | None, batch: int, k_cache: Tensor, block_table: Tensor | None) -> Tensor:
+    """The row of the cache (of the block table) that each sequence lives in, int64 [batch]."""
+    if cache_batch_idx is None or block_table is not None:
+        return torch.arange(batch, device=k_cache.device)
+    index = check.int32_vector("cache_batch_idx", cache_batch_idx, k_cache.device, batch)
+    check.in_range("cache_batch_idx", index, 0, k_cache.shape[0] - 1, "point at existing rows")
+    return index.long()
+
+
+def _rotate(
+    q: Tensor,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor | None,
+    before: Tensor | None,
+    local: bool,
+    interleaved: bool,
+    capacity: int,
+) -> tuple[Tensor, Tensor]:
+    """Rotary position embedding of q and of the rows to append."""
+    if k is None or before is None:
+        check.fail("rotary_cos", "needs k, v and cache_seqlens", None, "pass the rows to append, or rotate beforehand")
+    check_rotary(cos, sin, q, capacity)
+    q_steps = torch.arange(q.shape[1], device=q.device) if local else q.new_zeros(q.shape[1], dtype=torch.int64)
+    k_steps = torch.arange(k.shape[1], device=q.device)
+    start = before.long()[:, None]
+    last = cos.shape[0] - 1  # q may be longer than what is appended, and then run past the table
+    q_at, k_at = (start + q_steps).clamp(max=last), (start + k_steps).clamp(max=last)
+    return rotate(q, cos[q_at], sin[q_at], interleaved), rotate(k, cos[k_at], sin[k_at], interleaved)
+
+
+def check_rotary(cos: Tensor, sin: Tensor | None, q: Tensor, positions: int) -> None:
+    """cos and sin are [at least positions, rotary_dim / 2] with rotary_dim at most head_dim."""
+    for name, table in (("rotary_cos", cos), ("rotary_sin", sin)):
+        check.tensor(name, table, ("seqlen_rotary", "rotary_dim / 2"))
+        if table.device != q.device:
+            check.fail(name, f"device must be that of q, {q.device}", table.device, "move it")
+        if 2 * table.shape[1] > q.shape[-1]:
+            check.fail(name, f"rotary_dim must be at most head_dim, {q.shape[-1]}", 2 * table.shape[1], "cut it")
+        if table.shape[0] < positions:
+            check.fail(name, f"must have the cache's {positions} rows", table.shape[0], "compute a longer table")
+    if sin is None or cos.shape != sin.shape:
+        check.fail("rotary_sin", f"shape must be that of rotary_cos, {list(cos.shape)}", sin, "pass both tables")
+
+
+def _append(
+    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, before: Tensor | None, rows: Tensor, block_table
+) -> None:
+    """Writes k and v into the cache from position `before` on."""
+    if before is None:
+        check.fail("cache_seqlens", "must be given with k and v", None, "pass the number of keys in the cache")
+    position = before.long()[:, None] + torch.arange(k.shape[1], device=k.device)  # [batch, seqlen_new]
+    if block_table is None:
+        index = rows[:, None], position
+    else:
+        page_size = k_cache.shape[1]
+        page = torch.gather(block_table.long(), 1, position // page_size)
+        index = page, position % page_size
+    k_cache.index_put_(index, k)
+    v_cache.index_put_(index, v)
+
+
+def _visible_cache(
+    k_cache: Tensor,
+    v_cache: Tensor,
+    rows: Tensor,
+    cache_batch_idx: Tensor | None,
+    cache_leftpad: Tensor | None,
+    block_table: Tensor | None,
+    after: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys and values [batch, seqlen_k, heads_kv, dim] and how many of them are in use; the cache itself if it can."""
+    if block_table is not None:
+        k_cache, v_cache = (prepare.gather_pages(c, block_table, block_table.shape[1]) for c in (k_cache, v_cache))
+    if cache_leftpad is None:
+        if cache_batch_idx is not None:
+            k_cache, v_cache = k_cache.index_select(0, rows), v_cache.index_select(0, rows)
+        return k_cache, v_cache, after
+    leftpad = check.int32_vector("cache_leftpad", cache_leftpad, k_cache.device, rows.shape[0])
+    seqlen = k_cache.shape[1]
+    check.in_range("cache_leftpad", leftpad, 0, seqlen, "skip at most the whole cache")
+    position = (leftpad.long()[:, None] + torch.arange(seqlen, device=rows.device)).clamp(max=seqlen - 1)
+    index = rows[:, None], position
+    used = (torch.full_like(leftpad, seqlen) if after is None else after) - leftpad
+    return k_cache[index], v_cache[index], used.clamp(min=0)

@@ -1,0 +1,206 @@
+"""Fake kernels and autograd for the compiled operators, and the calls into them.
+
+Shapes in this file: padded tensors are [batch, seq, heads, dim], packed ones [total, heads, dim]; softmax_lse and
+delta are [batch, heads_q, seqlen_q] or [heads_q, total_q], in the accumulation dtype (float32, float64 for float64).
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from flash_attn import _library
+
+
+class Tensors(NamedTuple):
+    """The optional tensor arguments that forward and backward share, in the operators' order."""
+
+    cu_seqlens_q: Tensor | None = None  # int32 [batch + 1]
+    cu_seqlens_k: Tensor | None = None  # int32 [batch + 1]
+    seqused_k: Tensor | None = None  # int32 [batch]
+    alibi_slopes: Tensor | None = None  # float32 [heads_q] or [batch, heads_q]
+    sink: Tensor | None = None  # accumulation dtype [heads_q]
+    rng_state: Tensor | None = None  # int64 [2]
+
+
+class Options(NamedTuple):
+    """The scalar arguments of the forward operator, in its order."""
+
+    max_seqlen_q: int
+    max_seqlen_k: int
+    softmax_scale: float
+    window_left: int = -1
+    window_right: int = -1
+    softcap: float = 0.0
+    dropout_p: float = 0.0
+    split_size: int = 0
+    performance_mode: bool = False
+    return_s_dmask: bool = False
+    deterministic: bool = False
+
+
+def accum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype kernels accumulate in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def innermost_contiguous(x: Tensor) -> Tensor:
+    """x itself where its last stride is 1, else a contiguous copy (a clone: contiguous() keeps odd unit strides)."""
+    return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
+
+
+def empty_gradient(x: Tensor) -> Tensor:
+    """Uninitialised memory for the gradient of x: the layout of x where that keeps the last stride 1."""
+    gradient = torch.empty_like(x)
+    return gradient if gradient.stride(-1) == 1 else x.new_empty(x.shape)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, tensors: Tensors, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """Calls flash_attn::forward: (out, softmax_lse, s_dmask). Differentiable in q, k, v and the sink."""
+    return torch.ops.flash_attn.forward(q, k, v, *tensors, *options)
+
+
+def backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    gradients: tuple[Tensor, Tensor, Tensor],
+    tensors: Tensors,
+    options: Options,
+) -> Tensor:
+    """Calls flash_attn::backward, which writes `gradients` (dq, dk, dv); returns delta = rowsum(dout * out) - dlse."""
+    if dlse is not None:
+        dlse = dlse.to(softmax_lse.dtype).contiguous()
+    return torch.ops.flash_attn.backward(
+        innermost_contiguous(dout),
+        dlse,
+        q,
+        k,
+        v,
+        innermost_contiguous(out),
+        softmax_lse.contiguous(),
+        *gradients,
+        *tensors,
+        options.max_seqlen_q,
+        options.max_seqlen_k,
+        options.softmax_scale,
+        options.window_left,
+        options.window_right,
+        options.softcap,
+        options.dropout_p,
+        options.deterministic,
+        options.performance_mode,
+    )
+
+
+def sink_gradient(sink: Tensor, softmax_lse: Tensor, delta: Tensor, cu_seqlens_q: Tensor | None) -> Tensor:
+    """d(loss)/d(sink), [heads_q]: minus the sum over rows of exp(sink - lse) * delta.
+
+    The sink's probability in a row is p = exp(sink - lse), and d(s_ij)'s formula P * (dP - delta) holds for it with
+    dP = 0, as it has no value vector. A sink of -inf is absent, and rows behind cu_seqlens_q[-1] are no one's.
+    """
+    logit = sink[:, None]  # [heads_q, 1]: rows are last in both layouts
+    probability = torch.where(logit == -torch.inf, 0.0, torch.exp(logit - softmax_lse))
+    rows = probability * delta
+    if cu_seqlens_q is None:
+        return -rows.sum(dim=(0, 2))
+    row_index = torch.arange(rows.shape[1], device=rows.device)
+    return -torch.where(row_index < cu_seqlens_q[-1], rows, 0.0).sum(dim=1)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k, v, *rest = inputs
+    out, softmax_lse, s_dmask = output
+    ctx.save_for_backward(q, k, v, out, softmax_lse, *rest[: len(Tensors._fields)])
+    ctx.options = Options(*rest[len(Tensors._fields) :])
+    ctx.mark_non_differentiable(s_dmask)
+    ctx.set_materialize_grads(False)
+
+
+@once_differentiable
+def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, out, softmax_lse, *rest = ctx.saved_tensors
+    tensors = Tensors(*rest)
+    dq, dk, dv = empty_gradient(q), empty_gradient(k), empty_gradient(v)
+    dout = torch.zeros_like(out) if dout is None else dout
+    delta = backward(dout, dlse, q, k, v, out, softmax_lse, (dq, dk, dv), tensors, ctx.options)
+    gradients = dict.fromkeys(Tensors._fields)
+    if tensors.sink is not None and ctx.needs_input_grad[3 + Tensors._fields.index("sink")]:
+        gradients["sink"] = sink_gradient(tensors.sink, softmax_lse, delta, tensors.cu_seqlens_q)
+    return dq, dk, dv, *gradients.values(), *(None for _ in Options._fields)
+
+
+class PackedAttention(torch.autograd.Function):
+    """Attention on `packed`, [..., 3, heads, dim] (q is None) or [..., 2, heads_kv, dim] beside q.
+
+    The operator's own formula would give autograd three gradients to stack; here the kernel writes them into views
+    of one tensor, so nothing is copied.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor | None, packed: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+        tensors = Tensors(*rest[: len(Tensors._fields)])
+        ctx.options = Options(*rest[len(Tensors._fields) :])
+        parts = packed.unbind(-3)
+        out, softmax_lse, s_dmask = forward(*(parts if q is None else (q, *parts)), tensors, ctx.options)
+        ctx.save_for_backward(q, packed, out, softmax_lse, *tensors)
+        ctx.mark_non_differentiable(s_dmask)
+        ctx.set_materialize_grads(False)
+        return out, softmax_lse, s_dmask
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, packed, out, softmax_lse, *rest = ctx.saved_tensors
+        dpacked = empty_gradient(packed)
+        dq = None if q is None else empty_gradient(q)
+        parts, dparts = packed.unbind(-3), dpacked.unbind(-3)
+        if q is not None:
+            parts, dparts = (q, *parts), (dq, *dparts)
+        dout = torch.zeros_like(out) if dout is None else dout
+        backward(dout, dlse, *parts, out, softmax_lse, dparts, Tensors(*rest), ctx.options)
+        return dq, dpacked, *(None for _ in range(len(Tensors._fields) + len(Options._fields)))
+
+
+def packed_forward(
+    q: Tensor | None, packed: Tensor, tensors: Tensors, options: Options
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, softmax_lse, s_dmask) of packed inputs, without copies in the forward or the backward."""
+    return PackedAttention.apply(q, packed, *tensors, *options)
+
+
+def _fake_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    options = Options(*rest[len(Tensors._fields) - 1 :])
+    packed = cu_seqlens_q is not None
+    heads_q = q.shape[-2]
+    lse_shape = (heads_q, q.shape[0]) if packed else (q.shape[0], heads_q, q.shape[1])
+    s_dmask_shape: tuple[Any, ...] = (0,)
+    if options.return_s_dmask:
+        batch = cu_seqlens_q.shape[0] - 1 if cu_seqlens_q is not None else q.shape[0]
+        s_dmask_shape = (batch, heads_q, options.max_seqlen_q, options.max_seqlen_k)
+    out = q.new_empty(q.shape)
+    return out, q.new_empty(lse_shape, dtype=accum_dtype(q.dtype)), q.new_empty(s_dmask_shape)
+
+
+def _fake_backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, softmax_lse: Tensor, *rest: Any
+) -> Tensor:
+    return softmax_lse.new_empty(softmax_lse.shape)
+
+
+def register() -> None:
+    """Attaches the fake kernels and the gradient to the loaded operators; called once, on import."""
+    torch.library.register_fake("flash_attn::forward", _fake_forward)
+    torch.library.register_fake("flash_attn::backward", _fake_backward)
+    torch.library.register_autograd("flash_attn::forward", _backward, setup_context=_setup_context)
+
+
+if _library.load():
+    register()

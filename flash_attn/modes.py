@@ -1,0 +1,121 @@
+"""Which guarantees the package gives: the deterministic mode and the performance mode.
+
+Deterministic is on when any of these says so: the argument `deterministic=True`, `set_deterministic_mode(True)`, the
+environment variable `FLASH_ATTENTION_INTERNAL_DETERMINISTIC=1`. It makes the backward repeat its bits (the forward
+always does). A `split_size` adds schedule invariance: a query row's output and LSE then depend only on that row, the
+keys and values it sees, the mask and `split_size`, so a whole prefill, a chunked prefill and a decode step agree bit
+for bit.
+
+The state belongs to the process, as that of `torch.use_deterministic_algorithms` does: autograd and data loaders use
+threads of their own, and a mode that only the calling thread saw would be lost there. Set it from one thread while no
+other runs attention. A forward records the mode for its own backward.
+
+Under `torch.compile` the mode is guarded: changing it recompiles. Environment variables are read when a function is
+traced, and a compiled function keeps what was read.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+DETERMINISTIC_VARIABLE = "FLASH_ATTENTION_INTERNAL_DETERMINISTIC"
+PERFORMANCE_VARIABLE = "FLASH_ATTENTION_INTERNAL_PERFORMANCE_MODE"
+DEBUG_VARIABLE = "FLASH_ATTENTION_INTERNAL_DEBUG"
+
+_enabled: bool = False
+_split_size: int = 0  # keys; 0: off
+
+
+class DeterministicMode(NamedTuple):
+    """What `set_deterministic_mode` was given last."""
+
+    enabled: bool
+    split_size: int | None  # keys in a chunk; None: forward and backward repeat, schedules may differ
+
+
+def set_deterministic_mode(enabled: bool, split_size: int | None = None) -> None:
+    """Turns the deterministic mode on or off for the process.
+
+    Args:
+        enabled: the backward repeats its bits, and a sequence's results do not depend on what else is in the batch.
+        split_size: keys folded as one chunk, or None. A positive multiple of the key block that the kernel uses
+            (`python -m flash_attn info` lists them; checked in each call, as the block depends on dtype and head
+            dimension). 2048 suits every kernel.
+
+    Raises:
+        ValueError: split_size is not positive, or is given with enabled=False.
+        TypeError: an argument has the wrong type.
+    """
+    global _enabled, _split_size
+    if not isinstance(enabled, bool):
+        raise TypeError(f"enabled: must be a bool, got {type(enabled).__name__} (pass True or False)")
+    if split_size is not None:
+        if isinstance(split_size, bool) or not isinstance(split_size, int):
+            raise TypeError(f"split_size: must be an int or None, got {type(split_size).__name__} (pass e.g. 2048)")
+        if split_size <= 0:
+            raise ValueError(f"split_size: must be positive, got {split_size} (pass None to switch it off)")
+        if not enabled:
+            raise ValueError(f"split_size: must be None with enabled=False, got {split_size} (pass enabled=True)")
+    _enabled = enabled
+    _split_size = split_size or 0
+
+
+def get_deterministic_mode() -> DeterministicMode:
+    """The mode set by `set_deterministic_mode` (the environment variable is not part of it)."""
+    return DeterministicMode(_enabled, _split_size or None)
+
+
+@contextmanager
+def deterministic_mode(enabled: bool = True, split_size: int | None = None) -> Iterator[None]:
+    """Sets the deterministic mode for a `with` block and restores the former one afterwards.
+
+    A backward run after the block still has the mode of its forward.
+    """
+    former = get_deterministic_mode()
+    set_deterministic_mode(enabled, split_size)
+    try:
+        yield
+    finally:
+        set_deterministic_mode(*former)
+
+
+def is_deterministic(requested: bool = False) -> bool:
+    """Whether the backward must be deterministic: argument, mode or environment."""
+    return requested or _enabled or os.environ.get(DETERMINISTIC_VARIABLE, "0") == "1"
+
+
+def is_performance_mode() -> bool:
+    """Whether 16-bit kernels may multiply in bf16 and narrow toward zero (no effect where rounding costs nothing)."""
+    return os.environ.get(PERFORMANCE_VARIABLE, "0") == "1"
+
+
+def is_debug() -> bool:
+    """Whether values on the device are checked too, at the price of a synchronisation for each call."""
+    return os.environ.get(DEBUG_VARIABLE, "0") == "1"
+
+
+@torch.compiler.assume_constant_result
+def key_block(device_type: str, dtype: str, head_dim: int) -> int:
+    """Keys in one block of the forward kernel for this device type ("cpu", "cuda"), dtype ("float16") and head_dim."""
+    return torch.ops.flash_attn.key_block(device_type, dtype, head_dim)
+
+
+def split_size_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> int:
+    """The split size in force, 0 when off.
+
+    Raises:
+        ValueError: it is not a multiple of the kernel's key block, so schedule invariance could not be kept.
+    """
+    if _split_size == 0:
+        return 0
+    dtype_name = str(dtype).removeprefix("torch.")
+    block = key_block(device.type, dtype_name, head_dim)
+    if _split_size % block:
+        raise ValueError(
+            f"split_size: must be a multiple of the key block, {block} for {dtype_name} with head_dim {head_dim} on "
+            f"{device.type}, got {_split_size} (call set_deterministic_mode with such a multiple)"
+        )
+    return _split_size

@@ -1,0 +1,1 @@
+"""Building blocks under the import paths that clients use."""

@@ -1,0 +1,155 @@
+"""Gradients of the padded functions: against the reference, by differences, and in memory."""
+
+import pytest
+import torch
+from helpers import DEVICES, FEATURES, assert_accurate, exact, feature, gradients, random_qkv
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flash_attn import flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func
+from flash_attn.reference import attention_reference
+
+
+def check(q, k, v, **arguments):
+    """Compares dq, dk, dv with those of the definition."""
+    out = flash_attn_func(q, k, v, **arguments)
+    dout = torch.randn(out.shape).to(out)
+    actual = gradients(out, (q, k, v), dout)
+    plain = gradients(attention_reference(q, k, v, **arguments).out, (q, k, v), dout)
+    inputs = tuple(x.detach().double().requires_grad_() for x in (q, k, v))
+    expected = gradients(exact(*inputs, **arguments).out, inputs, dout.double())
+    for name, got, rough, wanted in zip(("dq", "dk", "dv"), actual, plain, expected, strict=True):
+        assert got.dtype == q.dtype
+        assert_accurate(got, rough, wanted, name)
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_features(device, dtype, name):
+    q, k, v = random_qkv(device, dtype, seqlen_q=45, seqlen_k=83, heads_kv=2, grad=True)
+    check(q, k, v, **feature(name, q))
+
+
+@pytest.mark.parametrize("name", ["full", "causal", "everything"])
+@pytest.mark.parametrize("lengths", [(1, 1), (1, 150), (64, 64), (65, 63), (129, 128), (150, 7)])
+def test_lengths(device, lengths, name):
+    q, k, v = random_qkv(device, torch.float32, 2, *lengths, heads_q=2, grad=True)
+    check(q, k, v, **feature(name, q))
+
+
+@pytest.mark.parametrize("dim", [1, 3, 8, 20, 40, 64, 72, 96, 128, 192, 255, 256])
+def test_head_dims(device, dim):
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, v = random_qkv(device, dtype, 1, 33, 70, heads_q=2, dim=dim, grad=True)
+        check(q, k, v, causal=True)
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (6, 2), (5, 1)])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_grouped_heads(device, heads, deterministic):
+    q, k, v = random_qkv(device, torch.float32, 1, 50, 70, *heads, grad=True)
+    out = flash_attn_func(q, k, v, causal=True, deterministic=deterministic)
+    dout = torch.randn(out.shape).to(out)
+    inputs = tuple(x.detach().double().requires_grad_() for x in (q, k, v))
+    expected = gradients(exact(*inputs, causal=True).out, inputs, dout.double())
+    plain = gradients(attention_reference(q, k, v, causal=True).out, (q, k, v), dout)
+    for got, rough, wanted in zip(gradients(out, (q, k, v), dout), plain, expected, strict=True):
+        assert_accurate(got, rough, wanted)
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_by_differences_on_the_real_kernels(name):
+    q, k, v = random_qkv("cpu", torch.float64, 1, 5, 4, heads_q=2, heads_kv=1, dim=3, grad=True)
+    arguments = feature(name, q)
+    assert torch.autograd.gradcheck(lambda *inputs: flash_attn_func(*inputs, **arguments), (q, k, v))
+
+
+@pytest.mark.parametrize("lengths", [(0, 5), (5, 0)])
+def test_no_rows_or_no_keys(device, lengths):
+    q, k, v = random_qkv(device, torch.float32, 2, *lengths, grad=True)
+    flash_attn_func(q, k, v).sum().backward()
+    assert all(torch.equal(x.grad, torch.zeros_like(x)) for x in (q, k, v))
+
+
+def test_rows_that_see_nothing_get_no_gradient(device, dtype):
+    q, k, v = random_qkv(device, dtype, 1, 90, 20, grad=True)
+    flash_attn_func(q, k, v, causal=True).sum().backward()
+    assert torch.equal(q.grad[:, :70], torch.zeros_like(q.grad[:, :70]))
+    assert all(x.grad.isfinite().all() for x in (q, k, v))
+
+
+@pytest.mark.parametrize("slots", [2, 3])
+def test_packed_gradient_equals_that_of_the_parts(device, dtype, slots):
+    packed = torch.randn(2, 37, slots, 4, 32).to(device, dtype).requires_grad_()
+    q = torch.randn(2, 37, 4, 32).to(device, dtype).requires_grad_()
+    dout = torch.randn(2, 37, 4, 32).to(device, dtype)
+    if slots == 3:
+        actual = gradients(flash_attn_qkvpacked_func(packed, causal=True, deterministic=True), (packed,), dout)
+        parts = tuple(part.detach().requires_grad_() for part in packed.unbind(2))
+        expected = [torch.stack(gradients(flash_attn_func(*parts, causal=True, deterministic=True), parts, dout), 2)]
+    else:
+        actual = gradients(flash_attn_kvpacked_func(q, packed, causal=True, deterministic=True), (q, packed), dout)
+        parts = q, *(part.detach().requires_grad_() for part in packed.unbind(2))
+        dq, dk, dv = gradients(flash_attn_func(*parts, causal=True, deterministic=True), parts, dout)
+        expected = [dq, torch.stack([dk, dv], 2)]
+    assert all(torch.equal(got, wanted) for got, wanted in zip(actual, expected, strict=True))
+
+
+def test_packed_gradient_is_one_tensor(device):
+    """No stack of three gradients: what arrives is the very memory the kernel wrote."""
+    qkv = torch.randn(2, 16, 3, 2, 32, device=device, requires_grad=True)
+    seen = []
+    qkv.register_hook(seen.append)
+    flash_attn_qkvpacked_func(qkv).sum().backward()
+    assert seen[0].is_contiguous() and seen[0].shape == qkv.shape
+    names = []
+    node = flash_attn_qkvpacked_func(qkv).grad_fn
+    while node is not None:
+        names.append(node.name())
+        node = node.next_functions[0][0] if node.next_functions else None
+    assert not any("Stack" in name or "Unbind" in name or "Select" in name for name in names), names
+
+
+@pytest.mark.parametrize("needed", [0, 1, 2])
+def test_only_some_inputs_need_gradients(device, needed):
+    inputs = list(random_qkv(device, torch.float32))
+    inputs[needed].requires_grad_()
+    flash_attn_func(*inputs).square().sum().backward()
+    everything = [x.detach().clone().requires_grad_() for x in inputs]
+    flash_attn_func(*everything, deterministic=True).square().sum().backward()
+    assert torch.allclose(inputs[needed].grad, everything[needed].grad, atol=1e-5)  # order of sums may differ
+
+
+def test_strided_inputs_and_upstream(device):
+    base = torch.randn(2, 4, 30, 96, device=device, requires_grad=True)
+    q, k, v = (part.transpose(1, 2) for part in base.split(32, dim=-1))
+    out = flash_attn_func(q, k, v, deterministic=True)
+    upstream = torch.randn(2, 4, 30, 32, device=device).transpose(1, 2)
+    (strided,) = gradients(out, (base,), upstream)
+    dense = base.detach().clone().requires_grad_()
+    q, k, v = (part.transpose(1, 2).contiguous() for part in dense.split(32, dim=-1))
+    (expected,) = gradients(flash_attn_func(q, k, v, deterministic=True), (dense,), upstream.contiguous())
+    assert torch.equal(strided, expected)
+
+
+def test_second_derivative_is_refused(device):
+    q, k, v = random_qkv(device, torch.float32, grad=True)
+    (dq,) = torch.autograd.grad(flash_attn_func(q, k, v).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dq.sum().backward()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    device=st.sampled_from(DEVICES),
+    lengths=st.tuples(st.integers(1, 70), st.integers(1, 140)),
+    heads=st.sampled_from([(1, 1), (2, 1), (4, 2)]),
+    dim=st.integers(1, 70),
+    causal=st.booleans(),
+    window=st.tuples(st.integers(-1, 80), st.integers(-1, 80)),
+    softcap=st.sampled_from([0.0, 4.0]),
+    seed=st.integers(0, 1000),
+)
+def test_any_combination(device, lengths, heads, dim, causal, window, softcap, seed):
+    torch.manual_seed(seed)
+    q, k, v = random_qkv(device, torch.float32, 2, *lengths, *heads, dim, grad=True)
+    check(q, k, v, causal=causal, window_size=window, softcap=softcap)

@@ -1,0 +1,1 @@
+"""Tools for developers: the build, the checks that CI runs."""
