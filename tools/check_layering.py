@@ -22,7 +22,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "cuda/instance.cuh": ("cuda/compat.cuh", "core"),
     "cuda/launch.cu": ("cuda/attention", "cuda/compat.cuh", "core", "backend.h", "vendor"),
     "hip/gfx90a": ("cuda/tile", "cuda/compat.cuh", "core", "vendor"),
-    "cpu": ("cuda/tile", "cuda/compat.cuh", "core", "backend.h"),
+    "cpu": ("cuda/tile", "cuda/compat.cuh", "core"),
+    "cpu/cpu.cpp": ("cpu", "cuda/attention", "cuda/compat.cuh", "core", "backend.h"),
 }
 VENDOR = re.compile(r"^(cuda|hip|rocm|cooperative_groups|mma\.h|nv/|cub/|thrust/)")
 TORCH = re.compile(r"^(torch|ATen|c10)/")

@@ -15,6 +15,7 @@ namespace FA_ISA {
 template <int LAYOUT, Rounding R>
 struct Block {
   static constexpr int kThreads = 1;
+  static constexpr bool kLoadsThroughRegisters = false;
   static constexpr Layout kLayout = LAYOUT == kColsInVectors ? kColsInVectors : kRowsInVectors;
   static constexpr bool kRowMajor = kLayout == kColsInVectors;
 

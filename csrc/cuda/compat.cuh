@@ -55,6 +55,7 @@ FA_DEVICE float fma_rn(float a, float b, float c) { return __builtin_fmaf(a, b, 
 FA_DEVICE double fma_rn(double a, double b, double c) { return __builtin_fma(a, b, c); }
 
 #if defined(__HIP_DEVICE_COMPILE__)
+extern "C" __device__ float __ocml_native_exp2_f32(float);
 FA_DEVICE float exp2_fast(float x) {
 #if __has_builtin(__builtin_amdgcn_exp2f)
   return __builtin_amdgcn_exp2f(x);
@@ -101,6 +102,17 @@ FA_DEVICE double log2_accurate(double x) { return ::log2(x); }
 
 FA_DEVICE float tanh_accurate(float x) { return ::tanhf(x); }
 FA_DEVICE double tanh_accurate(double x) { return ::tanh(x); }
+
+// The same value, unknown to the compiler: what is computed from it stays inside the loop it stands in, where a register
+// held across the loop would cost more than the additions.
+FA_DEVICE int unhoisted(int x) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+r"(x));
+#elif defined(__HIP_DEVICE_COMPILE__)
+  asm volatile("" : "+v"(x));
+#endif
+  return x;
+}
 
 // ---- 16-bit conversions ------------------------------------------------------------------------------------------
 

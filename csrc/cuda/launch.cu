@@ -32,7 +32,7 @@ const KernelTable& table() {
 }
 
 bool is_modified(const AttentionParams& p) {
-  return p.softcap > 0 || p.alibi_slopes != nullptr || p.dropout_p > 0 || !(p.softmax_scale > 0);
+  return p.softcap > 0 || p.alibi_slopes != nullptr || p.dropout_p > 0 || !(p.softmax_scale > 0) || !p.aligned;
 }
 
 const KernelInfo& find(KernelKind kind, DType dtype, int head_dim = 0, bool modified = false) {

@@ -45,7 +45,11 @@ def configure(config: Config) -> tuple[Path, dict[str, object]]:
     rules["link"] = ninja_file.Rule(f"{config.cxx} -shared $in -o $out $flags", "link $out")
     library = Path(LIBRARY)
     link_flags = (*(flag for backend in backends for flag in backend.link_flags()), f"-L{config.torch.lib}")
-    link_flags = (*link_flags, "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-Wl,--exclude-libs,ALL")
+    link_flags = (*link_flags, "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu")
+    # Operators register themselves when the library is loaded: nothing needs to be visible, std:: templates included.
+    exports = generated / "exports.map"
+    ninja_file.write_if_changed(exports, "{ local: *; };\n")
+    link_flags = (*link_flags, f"-Wl,--version-script={exports}")
     steps.append(ninja_file.Step("link", tuple(step.output for step in steps), library, link_flags))
     ninja_file.write_if_changed(config.folder / "build.ninja", ninja_file.render(rules, steps, library))
     return config.folder / library, about

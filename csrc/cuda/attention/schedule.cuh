@@ -70,6 +70,7 @@ struct Mask {
 template <class Accumulator, class IntRows, class F>
 FA_DEVICE void for_each_hidden(const Mask& mask, int query, int key, F&& f) {
   IntRows begin, end;
+  query = unhoisted(query);
   IntRows::for_each([&](int slot, int row, bool) {
     begin[slot] = mask.row_begin(query + row) - key;
     end[slot] = mask.row_end(query + row) - key;

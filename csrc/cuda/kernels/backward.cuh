@@ -1,8 +1,9 @@
 // Backward (FlashAttention-2, arXiv 2307.08691, Algorithm 2): P is recomputed from the saved log-sum-exp, then
 //   dV += P^T dO,  dP = dO V^T,  dS = P * (dP - delta),  dK += dS^T Q,  dQ += dS K.
 // A block owns block_n keys of one KV head and walks the queries of its group's heads that see them. dQ is added up in
-// device memory: in any order, or, under determinism, in ascending order of the keys, each block waiting for its turn.
-// Blocks are numbered so that a block waits only for blocks with smaller numbers, which were launched before it.
+// device memory: in any order, or, under determinism, in descending order of the keys, each block waiting for its turn.
+// Blocks are numbered from the last keys down, so that a block waits only for blocks with smaller numbers, which were
+// launched before it; under a causal mask, blocks that start together and walk up from the diagonal never wait at all.
 #pragma once
 
 #include "../attention/dropout.cuh"
@@ -48,12 +49,12 @@ struct Backward {
   struct Work {
     int key_begin, kv_head, batch;
 
-    FA_DEVICE Work(const Params& p, int64_t block) {
-      const int key_blocks = ceil_div(p.seqlen_k, kN);
-      key_begin = int(block % key_blocks) * kN;
+    FA_DEVICE Work(const Params& p, uint32_t block) {
+      const uint32_t key_blocks = ceil_div(p.seqlen_k, kN);
+      key_begin = (int(key_blocks) - 1 - int(block % key_blocks)) * kN;
       block /= key_blocks;
-      kv_head = int(block % p.heads_kv);
-      batch = int(block / p.heads_kv);
+      kv_head = int(block % uint32_t(p.heads_kv));
+      batch = int(block / uint32_t(p.heads_kv));
     }
   };
 
@@ -75,7 +76,7 @@ struct Backward {
   }
 
   static FA_DEVICE void run(const Params& p, int64_t block, char* shared) {
-    const Work work(p, block);
+    const Work work(p, uint32_t(block));  // 32-bit divisions: launches have fewer than 2^31 blocks
     const Sequence seq(p, work.batch);
     if (work.key_begin < stored_keys(p, work.batch)) Backward(p, work, seq, shared).differentiate();
   }
@@ -93,6 +94,9 @@ struct Backward {
         v_tile(shared + KTile::kBytes),
         p_tile(shared + KTile::kBytes + VTile::kBytes + 2 * kStages * QTile::kBytes),
         ds_tile(shared + KTile::kBytes + VTile::kBytes + 2 * kStages * QTile::kBytes + STile::kBytes) {}
+
+  // Rows that do not allow 16-byte access take the modified instance.
+  FA_DEVICE bool aligned() const { return !kModified || p.aligned; }
 
   FA_DEVICE int steps() const {
     const int key_end = min_int(work.key_begin + kN, seq.len_k);
@@ -119,8 +123,8 @@ struct Backward {
   FA_DEVICE void load_queries(QTile& q, QTile& dout, const Step& step) {
     const int64_t row = seq.first_q + step.query;
     const int rows = seq.len_q - step.query;
-    q.load(head_rows<const T>(p.q, work.batch, step.head, row), p.q.row_stride, rows, p.head_dim, p.aligned);
-    dout.load(head_rows<const T>(p.dout, work.batch, step.head, row), p.dout.row_stride, rows, p.head_dim, p.aligned);
+    q.load(head_rows<const T>(p.q, work.batch, step.head, row), p.q.row_stride, rows, p.head_dim, aligned());
+    dout.load(head_rows<const T>(p.dout, work.batch, step.head, row), p.dout.row_stride, rows, p.head_dim, aligned());
   }
 
   FA_DEVICE void differentiate() {
@@ -131,15 +135,14 @@ struct Backward {
     if (steps > 0) {
       const int keys = seq.len_k - work.key_begin;
       k_tile.load(head_rows<const T>(p.k, work.batch, work.kv_head, seq.first_k + work.key_begin), p.k.row_stride, keys,
-                  p.head_dim, p.aligned);
+                  p.head_dim, aligned());
       v_tile.load(head_rows<const T>(p.v, work.batch, work.kv_head, seq.first_k + work.key_begin), p.v.row_stride, keys,
-                  p.head_dim, p.aligned);
+                  p.head_dim, aligned());
       QTile q = q_tile(0), dout = do_tile(0);
       load_queries(q, dout, at(0));
       A::commit();
+      constexpr bool kAhead = kStages > 1 || A::kLoadsThroughRegisters;  // load the next Q and dO during a step
       for (int step = 0; step < steps; ++step) {
-        q = q_tile(step % kStages);
-        dout = do_tile(step % kStages);
         A::template wait<0>();
         if (step == 0) {
           k_tile.land();
@@ -148,17 +151,20 @@ struct Backward {
         q.land();
         dout.land();
         A::sync();  // Q and dO have arrived, and the last step's tiles are no longer read
+        const bool more = step + 1 < steps;
         QTile next_q = q_tile((step + 1) % kStages), next_dout = do_tile((step + 1) % kStages);
-        if (kStages > 1 && step + 1 < steps) {
+        if (kAhead && more) {
           load_queries(next_q, next_dout, at(step + 1));
           A::commit();
         }
         visit(at(step), q, dout, dk, dv);
-        if (kStages == 1 && step + 1 < steps) {
-          A::sync();
+        if (kStages == 1 && more) A::sync();
+        if (!kAhead && more) {
           load_queries(next_q, next_dout, at(step + 1));
           A::commit();
         }
+        q = next_q;
+        dout = next_dout;
       }
     }
     write(dk, p.dk, k_tile, Scalar(p.softmax_scale));
@@ -179,8 +185,18 @@ struct Backward {
     QueryGradient dq;
     dq.fill(Scalar(0));
     A::multiply_nn(dq, ds_tile, k_tile);
-    accumulate(step, dq);
+    const int64_t block = step.head * query_blocks(p, kM) + first_query_block(p, work.batch, seq.first_q, kM) +
+                          step.query / kM;
+    if (p.deterministic) A::wait_turn(p.dq_turn + block, blocks_before(step.query));
+    A::accumulate(dq, static_cast<Scalar*>(p.dq_accum) + block * (kM * kD));
     A::multiply_tn(dk, ds_tile, q);
+    if (p.deterministic) A::pass_turn(p.dq_turn + block);  // by now the additions have landed: nobody waits for them
+  }
+
+  // How many blocks add to these queries' dQ before this one: those with later keys that the queries see.
+  FA_DEVICE int blocks_before(int query) const {
+    const int last = (mask.keys_end(min_int(query + kM, seq.len_q)) - 1) / kN;
+    return last - work.key_begin / kN;
   }
 
   // scores: raw scores to P as dV needs it, put into p_tile; gradient: dP to dS.
@@ -225,21 +241,6 @@ struct Backward {
     p_tile.put(scores);
   }
 
-  FA_DEVICE void accumulate(const Step& step, QueryGradient& dq) {
-    const int64_t query_block = first_query_block(p, work.batch, seq.first_q, kM) + step.query / kM;
-    const int64_t slot = step.head * query_blocks(p, kM) + query_block;
-    Scalar* dst = static_cast<Scalar*>(p.dq_accum) + slot * (kM * kD);
-    if (!p.deterministic) {
-      A::accumulate(dq, dst);
-      return;
-    }
-    const int first_key_block = mask.keys_begin(step.query) / kN;  // the first block that visits these queries
-    int32_t* turn = p.dq_turn + slot;
-    A::wait_turn(turn, work.key_begin / kN - first_key_block);
-    A::accumulate(dq, dst);
-    A::pass_turn(turn);
-  }
-
   template <class StagingTile>
   FA_DEVICE void write(KeyGradient& gradient, const TensorRef& dst, StagingTile& staging, Scalar scale) {
     KeyGradient::for_each([&](int, int, int, int reg) { gradient[reg] *= scale; });
@@ -248,7 +249,7 @@ struct Backward {
     A::sync();
     const int first_k = p.cu_seqlens_k == nullptr ? 0 : p.cu_seqlens_k[work.batch];
     staging.write(head_rows<T>(dst, work.batch, work.kv_head, int64_t(first_k) + work.key_begin), dst.row_stride,
-                  stored_keys(p, work.batch) - work.key_begin, p.head_dim, p.aligned);
+                  stored_keys(p, work.batch) - work.key_begin, p.head_dim, aligned());
   }
 };
 

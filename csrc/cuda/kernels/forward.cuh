@@ -52,15 +52,15 @@ struct Forward {
   struct Work {
     int query_begin, split, head, batch;
 
-    FA_DEVICE Work(const Params& p, int64_t block) {
-      const int query_blocks = ceil_div(p.seqlen_q, kM);
+    FA_DEVICE Work(const Params& p, uint32_t block) {
+      const uint32_t query_blocks = ceil_div(p.seqlen_q, kM);
       const int query_block = int(block % query_blocks);
-      query_begin = (p.window_right >= 0 ? query_blocks - 1 - query_block : query_block) * kM;
+      query_begin = (p.window_right >= 0 ? int(query_blocks) - 1 - query_block : query_block) * kM;
       block /= query_blocks;
-      split = int(block % p.num_splits);
-      block /= p.num_splits;
-      head = int(block % p.heads_q);
-      batch = int(block / p.heads_q);
+      split = int(block % uint32_t(p.num_splits));
+      block /= uint32_t(p.num_splits);
+      head = int(block % uint32_t(p.heads_q));
+      batch = int(block / uint32_t(p.heads_q));
     }
   };
 
@@ -80,7 +80,7 @@ struct Forward {
   Scalar* const stashed_rows;
 
   static FA_DEVICE void run(const Params& p, int64_t block, char* shared) {
-    const Work work(p, block);
+    const Work work(p, uint32_t(block));  // 32-bit divisions: launches have fewer than 2^31 blocks
     const Sequence seq(p, work.batch);
     if (work.query_begin < seq.len_q) Forward(p, work, seq, shared).attend();
   }
@@ -101,13 +101,15 @@ struct Forward {
         stashed_rows(reinterpret_cast<Scalar*>(shared + kSharedBytes + Stash::kBytes)) {}
 
   FA_DEVICE int kv_head() const { return work.head / (p.heads_q / p.heads_kv); }
+  // Rows that do not allow 16-byte access take the modified instance.
+  FA_DEVICE bool aligned() const { return !kModified || p.aligned; }
   FA_DEVICE int rows() const { return min_int(kM, seq.len_q - work.query_begin); }
 
   FA_DEVICE void load_keys(int key) {
-    k_tile.load(k + key * p.k.row_stride, p.k.row_stride, seq.len_k - key, p.head_dim, p.aligned);
+    k_tile.load(k + key * p.k.row_stride, p.k.row_stride, seq.len_k - key, p.head_dim, aligned());
   }
   FA_DEVICE void load_values(int key) {
-    v_tile.load(v + key * p.v.row_stride, p.v.row_stride, seq.len_k - key, p.head_dim, p.aligned);
+    v_tile.load(v + key * p.v.row_stride, p.v.row_stride, seq.len_k - key, p.head_dim, aligned());
   }
 
   // scores = Q K^T for the keys in k_tile, modified and masked.
@@ -137,7 +139,7 @@ struct Forward {
 
     const T* q = head_rows<const T>(p.q, work.batch, work.head, seq.first_q + work.query_begin);
     if (begin < end) {
-      q_tile.load(q, p.q.row_stride, rows(), p.head_dim, p.aligned);
+      q_tile.load(q, p.q.row_stride, rows(), p.head_dim, aligned());
       load_keys(begin);
       A::commit();
     }
@@ -148,34 +150,10 @@ struct Forward {
     output.fill(Scalar(0));
     if (several_chunks) clear_stash();
 
-    for (int key = begin; key < end; key += kN) {
-      A::template wait<0>();
-      if (key == begin) q_tile.land();
-      k_tile.land();
-      A::sync();  // keys have arrived, and the last block's values are no longer read
-      load_values(key);
-      A::commit();
-
-      Scores scores;
-      score(scores, key);
-
-      A::template wait<0>();
-      v_tile.land();
-      A::sync();  // values have arrived, and the keys are no longer read
-      if (key + kN < end) {
-        load_keys(key + kN);
-        A::commit();
-      }
-
-      softmax.update(scores, output, modifier.scale_log2());
-      if (kModified && dropout.enabled()) {
-        dropout.template for_each<Scores>(work.query_begin, key, [&](int reg, bool keep) {
-          if (!keep) scores[reg] = Scalar(0);
-        });
-      }
-      A::multiply_nn(output, Probabilities(scores), v_tile);
-
-      if (several_chunks && (key + kN >= end || (key + kN) % p.split_size == 0)) fold(output, softmax);
+    for (int key = begin; key < end;) {
+      const int chunk_end = several_chunks ? min_int(end, (key / p.split_size + 1) * p.split_size) : end;
+      for (; key < chunk_end; key += kN) visit(key, begin, end, output, softmax);
+      if (several_chunks) fold(output, softmax);
     }
 
     if (several_chunks) {
@@ -192,6 +170,35 @@ struct Forward {
     } else {
       write(output, softmax, begin, end);
     }
+  }
+
+  // One block of keys, whose load has been started; starts the next one's.
+  FA_DEVICE void visit(int key, int begin, int end, Output& output, OnlineSoftmax<Scalar, Rows>& softmax) {
+    A::template wait<0>();
+    if (key == begin) q_tile.land();
+    k_tile.land();
+    A::sync();  // keys have arrived, and the last block's values are no longer read
+    load_values(key);
+    A::commit();
+
+    Scores scores;
+    score(scores, key);
+
+    A::template wait<0>();
+    v_tile.land();
+    A::sync();  // values have arrived, and the keys are no longer read
+    if (key + kN < end) {
+      load_keys(key + kN);
+      A::commit();
+    }
+
+    softmax.update(scores, output, modifier.scale_log2());
+    if (kModified && dropout.enabled()) {
+      dropout.template for_each<Scores>(work.query_begin, key, [&](int reg, bool keep) {
+        if (!keep) scores[reg] = Scalar(0);
+      });
+    }
+    A::multiply_nn(output, Probabilities(scores), v_tile);
   }
 
   // The running fold's state lives in memory: registers are full.
@@ -236,7 +243,7 @@ struct Forward {
     A::sync();  // the tile held Q
     q_tile.put(output);
     A::sync();
-    q_tile.write(out, p.out.row_stride, rows(), p.head_dim, p.aligned);
+    q_tile.write(out, p.out.row_stride, rows(), p.head_dim, aligned());
   }
 
   // This block's chunk, not normalised, for Combine.

@@ -15,6 +15,7 @@ struct Sm80 {
   template <int WARPS>
   struct Block {
     static constexpr int kThreads = WARPS * 32;
+    static constexpr bool kLoadsThroughRegisters = false;
 
     template <class T, int ROWS, int COLS, unsigned USES>
     using Tile = sm80::Tile<T, ROWS, COLS, kThreads>;  // ldmatrix serves every use from one layout
@@ -80,9 +81,8 @@ struct Sm80 {
     template <class C>
     static FA_DEVICE void restore(C& c, const float* src) {
       FA_UNROLL
-      for (int reg = 0; reg < C::kRegs; ++reg) {
-        const int group = reg / sm80::kReduceVector * sm80::kReduceVector;
-        c[reg] = src[group * kThreads + int(threadIdx.x) * sm80::kReduceVector + reg - group];
+      for (int reg = 0; reg < C::kRegs; reg += sm80::kReduceVector) {
+        sm80::load_global(c.value + reg, src + reg * kThreads + int(threadIdx.x) * sm80::kReduceVector);
       }
     }
 
@@ -131,8 +131,7 @@ struct Sm80 {
       __syncthreads();
     }
     static FA_DEVICE void pass_turn(int32_t* turn) {
-      __threadfence();
-      __syncthreads();
+      __syncthreads();  // the release below is cumulative: it covers what the other threads wrote before the barrier
       if (threadIdx.x == 0) sm80::add_release(turn, 1);
     }
   };

@@ -18,25 +18,17 @@ struct SplitFloat {
   }
 };
 
+// c += a b for one left fragment per m tile and one right fragment of two n tiles.
 template <class T>
 struct Instruction {
   static constexpr int kStepK = 16;
 
-  // One step: c[m][n] += a[m] b[n] for all tiles of the warp; load_a(fragment, m), load_b(fragment, pair of n tiles).
-  template <class C, class LoadA, class LoadB>
-  static FA_DEVICE void step(C& c, LoadA&& load_a, LoadB&& load_b) {
-    uint32_t a[C::kTilesM][4];
+  template <class C, int M>
+  static FA_DEVICE void multiply(C& c, const uint32_t (&a)[M][4], const uint32_t (&b)[4], int pair) {
     FA_UNROLL
-    for (int m = 0; m < C::kTilesM; ++m) load_a(a[m], m);
-    FA_UNROLL
-    for (int pair = 0; pair < C::kTilesN / 2; ++pair) {
-      uint32_t b[4];
-      load_b(b, pair);
-      FA_UNROLL
-      for (int m = 0; m < C::kTilesM; ++m) {
-        mma(T{}, c.tile(m, 2 * pair), a[m], b[0], b[1]);
-        mma(T{}, c.tile(m, 2 * pair + 1), a[m], b[2], b[3]);
-      }
+    for (int m = 0; m < M; ++m) {
+      mma(T{}, c.tile(m, 2 * pair), a[m], b[0], b[1]);
+      mma(T{}, c.tile(m, 2 * pair + 1), a[m], b[2], b[3]);
     }
   }
 };
@@ -45,29 +37,20 @@ template <>
 struct Instruction<float> {
   static constexpr int kStepK = 8;
 
-  template <class C, class LoadA, class LoadB>
-  static FA_DEVICE void step(C& c, LoadA&& load_a, LoadB&& load_b) {
-    uint32_t a_hi[C::kTilesM][4], a_lo[C::kTilesM][4];
+  template <class C, int M>
+  static FA_DEVICE void multiply(C& c, const uint32_t (&a)[M][4], const uint32_t (&b)[4], int pair) {
+    uint32_t b_hi[4], b_lo[4];
+    split(b, b_hi, b_lo);
     FA_UNROLL
-    for (int m = 0; m < C::kTilesM; ++m) {
-      uint32_t a[4];
-      load_a(a, m);
-      split(a, a_hi[m], a_lo[m]);
-    }
-    FA_UNROLL
-    for (int pair = 0; pair < C::kTilesN / 2; ++pair) {
-      uint32_t b[4], b_hi[4], b_lo[4];
-      load_b(b, pair);
-      split(b, b_hi, b_lo);
+    for (int m = 0; m < M; ++m) {
+      uint32_t a_hi[4], a_lo[4];
+      split(a[m], a_hi, a_lo);
       FA_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        FA_UNROLL
-        for (int m = 0; m < C::kTilesM; ++m) {  // small terms first
-          float* tile = c.tile(m, 2 * pair + half);
-          mma_tf32(tile, a_lo[m], b_hi[2 * half], b_hi[2 * half + 1]);
-          mma_tf32(tile, a_hi[m], b_lo[2 * half], b_lo[2 * half + 1]);
-          mma_tf32(tile, a_hi[m], b_hi[2 * half], b_hi[2 * half + 1]);
-        }
+      for (int half = 0; half < 2; ++half) {  // small terms first
+        float* tile = c.tile(m, 2 * pair + half);
+        mma_tf32(tile, a_lo, b_hi[2 * half], b_hi[2 * half + 1]);
+        mma_tf32(tile, a_hi, b_lo[2 * half], b_lo[2 * half + 1]);
+        mma_tf32(tile, a_hi, b_hi[2 * half], b_hi[2 * half + 1]);
       }
     }
   }
@@ -83,51 +66,67 @@ struct Instruction<float> {
   }
 };
 
+// All steps of K, each fragment loaded one multiply ahead of its use: load_a(fragment, m, step) and
+// load_b(fragment, pair of n tiles, step). Loads and multiplies are volatile, so the order written is the order kept.
+template <class T, int K, class C, class LoadA, class LoadB>
+FA_DEVICE void multiply_pipelined(C& c, LoadA&& load_a, LoadB&& load_b) {
+  constexpr int kSteps = K / Instruction<T>::kStepK, kPairs = C::kTilesN / 2;
+  uint32_t a[2][C::kTilesM][4], b[2][4];
+  FA_UNROLL
+  for (int m = 0; m < C::kTilesM; ++m) load_a(a[0][m], m, 0);
+  load_b(b[0], 0, 0);
+  FA_UNROLL
+  for (int step = 0; step < kSteps; ++step) {
+    FA_UNROLL
+    for (int pair = 0; pair < kPairs; ++pair) {
+      const int now = step * kPairs + pair;
+      if (pair + 1 < kPairs) {
+        load_b(b[(now + 1) % 2], pair + 1, step);
+      } else if (step + 1 < kSteps) {
+        load_b(b[(now + 1) % 2], 0, step + 1);
+      }
+      if (pair == kPairs - 1 && step + 1 < kSteps) {
+        FA_UNROLL
+        for (int m = 0; m < C::kTilesM; ++m) load_a(a[(step + 1) % 2][m], m, step + 1);
+      }
+      Instruction<T>::multiply(c, a[step % 2], b[now % 2], pair);
+    }
+  }
+}
+
 template <class T, class C, int M, int N, int K, int THREADS>
 FA_DEVICE void multiply_nt(C& c, const Tile<T, M, K, THREADS>& a, const Tile<T, N, K, THREADS>& b) {
-  FA_UNROLL
-  for (int step = 0; step < K / Instruction<T>::kStepK; ++step) {
-    Instruction<T>::step(
-        c, [&](uint32_t(&f)[4], int m) { a.load_mk(f, c.warp_row(), 16 * m, step); },
-        [&](uint32_t(&f)[4], int pair) { b.load_nk(f, c.warp_col(), 16 * pair, step); });
-  }
+  multiply_pipelined<T, K>(
+      c, [&](uint32_t(&f)[4], int m, int step) { a.load_mk(f, c.warp_row(), 16 * m, step); },
+      [&](uint32_t(&f)[4], int pair, int step) { b.load_nk(f, c.warp_col(), 16 * pair, step); });
 }
 
 template <class T, class C, int M, int N, int K, int THREADS>
 FA_DEVICE void multiply_nn(C& c, const Tile<T, M, K, THREADS>& a, const Tile<T, K, N, THREADS>& b) {
-  FA_UNROLL
-  for (int step = 0; step < K / Instruction<T>::kStepK; ++step) {
-    Instruction<T>::step(
-        c,
-        [&](uint32_t(&f)[4], int m) {
-          if constexpr (std::is_same_v<T, float>) {
-            a.load_mk_interleaved(f, c.warp_row(), 16 * m, step);
-          } else {
-            a.load_mk(f, c.warp_row(), 16 * m, step);
-          }
-        },
-        [&](uint32_t(&f)[4], int pair) { b.load_kn(f, c.warp_col(), 16 * pair, step); });
-  }
+  multiply_pipelined<T, K>(
+      c,
+      [&](uint32_t(&f)[4], int m, int step) {
+        if constexpr (std::is_same_v<T, float>) {
+          a.load_mk_interleaved(f, c.warp_row(), 16 * m, step);
+        } else {
+          a.load_mk(f, c.warp_row(), 16 * m, step);
+        }
+      },
+      [&](uint32_t(&f)[4], int pair, int step) { b.load_kn(f, c.warp_col(), 16 * pair, step); });
 }
 
 template <class T, class C, int M, int N, int K, int WARPS, int THREADS>
 FA_DEVICE void multiply_nn(C& c, const Operand<T, M, K, WARPS>& a, const Tile<T, K, N, THREADS>& b) {
-  FA_UNROLL
-  for (int step = 0; step < K / Instruction<T>::kStepK; ++step) {
-    Instruction<T>::step(
-        c, [&](uint32_t(&f)[4], int m) { a.load(f, m, step); },
-        [&](uint32_t(&f)[4], int pair) { b.load_kn(f, c.warp_col(), 16 * pair, step); });
-  }
+  multiply_pipelined<T, K>(
+      c, [&](uint32_t(&f)[4], int m, int step) { a.load(f, m, step); },
+      [&](uint32_t(&f)[4], int pair, int step) { b.load_kn(f, c.warp_col(), 16 * pair, step); });
 }
 
 template <class T, class C, int M, int N, int K, int THREADS>
 FA_DEVICE void multiply_tn(C& c, const Tile<T, K, M, THREADS>& a, const Tile<T, K, N, THREADS>& b) {
-  FA_UNROLL
-  for (int step = 0; step < K / Instruction<T>::kStepK; ++step) {
-    Instruction<T>::step(
-        c, [&](uint32_t(&f)[4], int m) { a.load_km(f, c.warp_row(), 16 * m, step); },
-        [&](uint32_t(&f)[4], int pair) { b.load_kn(f, c.warp_col(), 16 * pair, step); });
-  }
+  multiply_pipelined<T, K>(
+      c, [&](uint32_t(&f)[4], int m, int step) { a.load_km(f, c.warp_row(), 16 * m, step); },
+      [&](uint32_t(&f)[4], int pair, int step) { b.load_kn(f, c.warp_col(), 16 * pair, step); });
 }
 
 }  // namespace sm80

@@ -31,9 +31,13 @@ FA_DEVICE void load_shared(uint32_t& x, uint32_t& y, uint32_t address) {
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(x), "=r"(y) : "r"(address));
 }
 
-// 16 bytes from device to shared memory, of which the first `bytes` are read and the others become zero.
-FA_DEVICE void copy_async(uint32_t dst, const void* src, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(bytes) : "memory");
+// 16 bytes from device to shared memory; zeros, and no read, where not `inside`.
+FA_DEVICE void copy_async(uint32_t dst, const void* src, bool inside) {
+  asm volatile(
+      "{\n .reg .pred outside;\n setp.eq.s32 outside, %2, 0;\n"
+      " cp.async.cg.shared.global [%0], [%1], 16, outside;\n}" ::"r"(dst),
+      "l"(src), "r"(int(inside))
+      : "memory");
 }
 FA_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING>
@@ -74,22 +78,25 @@ FA_DEVICE uint32_t pack(BFloat16, float low, float high) {
   return x;
 }
 
+// dst[i] += x[i] in device memory, each element atomically; and the inverse of it, a plain load.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 constexpr int kReduceVector = 4;  // floats one reduction instruction carries
-#else
-constexpr int kReduceVector = 1;
-#endif
-
-// dst[i] += x[i] in device memory, each element atomically.
 FA_DEVICE void reduce_add(float* dst, const float* x) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(dst), "f"(x[0]), "f"(x[1]), "f"(x[2]),
                "f"(x[3])
                : "memory");
-#else
-  asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(dst), "f"(x[0]) : "memory");
-#endif
 }
+FA_DEVICE void load_global(float* x, const float* src) {
+  const float4 v = *reinterpret_cast<const float4*>(src);
+  x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
+}
+#else
+constexpr int kReduceVector = 1;
+FA_DEVICE void reduce_add(float* dst, const float* x) {
+  asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(dst), "f"(x[0]) : "memory");
+}
+FA_DEVICE void load_global(float* x, const float* src) { x[0] = *src; }
+#endif
 
 FA_DEVICE int32_t load_acquire(const int32_t* p) {
   int32_t x;

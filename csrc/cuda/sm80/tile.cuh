@@ -16,16 +16,18 @@ class Tile {
 
   FA_DEVICE void load(const T* src, int64_t row_stride, int rows, int cols, bool aligned) {
     if (aligned) {
-      const T* from = src + int(threadIdx.x / kLanes) * row_stride;
+      const int row0 = int(threadIdx.x / kLanes), chunk0 = int(threadIdx.x % kLanes);
+      const uint32_t dst = base_ + offset(row0, chunk0);
+      const T* from = src + row0 * row_stride + chunk0 * kPerChunk;
       FA_UNROLL
       for (int pass = 0; pass < kPasses; ++pass, from += kRowsOfPass * row_stride) {  // one pointer: registers are dear
-        const int row = int(threadIdx.x / kLanes) + pass * kRowsOfPass;
+        const int row = row0 + pass * kRowsOfPass;
         if (ROWS % kRowsOfPass != 0 && row >= ROWS) break;
         FA_UNROLL
         for (int group = 0; group < kChunks; group += kLanes) {
-          const int chunk = int(threadIdx.x % kLanes) + group, col = chunk * kPerChunk;
-          const int bytes = min(16, max(0, (cols - col) * int(sizeof(T))));
-          copy_async(base_ + offset(row, chunk), from + col, row < rows ? bytes : 0);  // of 0 bytes, none is read
+          const bool inside = row < rows && (chunk0 + group) * kPerChunk < cols;
+          copy_async((dst ^ pass_swizzle(pass)) + pass * kRowsOfPass * kRowBytes + group / kPanelChunks * kPanelBytes,
+                     from + group * kPerChunk, inside);
         }
       }
     } else {
@@ -119,7 +121,8 @@ class Tile {
   static constexpr int kLanes = kPowerOfTwo < 32 ? kPowerOfTwo : 32;  // neighbouring threads on one row
   static constexpr int kRowsOfPass = THREADS / kLanes;
   static constexpr int kPasses = (ROWS + kRowsOfPass - 1) / kRowsOfPass;
-  static_assert(kChunks % kPanelChunks == 0, "columns must fill 64-byte panels");
+  static_assert(kChunks % kPanelChunks == 0 && kLanes % kPanelChunks == 0, "columns must fill panels");
+  static_assert((kRowsOfPass & (kRowsOfPass - 1)) == 0, "a pass must cover a power of two of rows");
 
   struct alignas(16) Chunk {
     T element[kPerChunk];
@@ -146,6 +149,10 @@ class Tile {
   static FA_DEVICE uint32_t swizzle(uint32_t row) { return kRowBytes == 128 ? row % 8 : row / 2 % 4; }
   static FA_DEVICE uint32_t offset(uint32_t row, uint32_t chunk) {
     return chunk / kPanelChunks * kPanelBytes + row * kRowBytes + ((chunk % kPanelChunks) ^ swizzle(row)) * 16;
+  }
+  // What changes in the swizzle from the first pass of a load to another: rows of a pass are a power of two.
+  static constexpr FA_DEVICE uint32_t pass_swizzle(int pass) {
+    return kRowBytes == 128 ? uint32_t(pass) * kRowsOfPass % 8 * 16 : uint32_t(pass) * kRowsOfPass / 2 % 4 * 16;
   }
   // The address of offset(row, warp_chunk + chunk + low), for low in {0, 1} and even chunks that add without a carry out
   // of a panel or from a constant known to the compiler.

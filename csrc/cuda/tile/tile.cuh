@@ -10,7 +10,9 @@
 //       load(const T* src, int64_t row_stride, int rows, int cols, bool aligned)
 //                                     starts filling from device memory; rows beyond `rows` and columns beyond `cols`
 //                                     become zero and are never read. Complete after commit(), wait<N>(), land(), sync().
-//       land()                        second half of a load, for machines that load through registers
+//       land()                        second half of a load, for machines that load through registers: there
+//                                     (A::kLoadsThroughRegisters) the tile may be read until then, and the object
+//                                     carries the load
 //       put(const Accumulator&)       narrows an accumulator of the same shape into the tile (sync() before reading)
 //       write(T* dst, int64_t row_stride, int rows, int cols, bool aligned)   tile to device memory
 //   A::commit(), A::wait<PENDING>()   close a group of loads; wait until at most PENDING groups are in flight

@@ -3,12 +3,12 @@
 //
 // It is kept row by row for uses with k along the columns, and, where 16-bit elements are wanted with k along the rows,
 // transposed as well: the transposition is done once, in registers, between the read and the write. fp32 needs no second
-// copy, since one element is one bank. 16-byte chunks are swizzled so that no access has bank conflicts (see layout.h).
+// copy, since one element is one bank. 16-byte chunks are swizzled so that no access has bank conflicts (see layout.cuh).
 #pragma once
 
 #include "../../cuda/tile/tile.cuh"
-#include "layout.h"
-#include "machine.h"
+#include "layout.cuh"
+#include "machine.cuh"
 
 namespace flash_attn::gfx90a {
 
@@ -24,26 +24,30 @@ class SharedTile {
   FA_DEVICE explicit SharedTile(char* shared) : straight_((SharedPointer)shared), transposed_(straight_ + (kStraight ? kCopyBytes : 0)) {}
 
   FA_DEVICE void load(const T* src, int64_t row_stride, int rows, int cols, bool aligned) {
-    const bool vectors = aligned && cols % kElements == 0;
-    if (vectors && rows >= ROWS && cols >= COLS) {
-      for_each_vector([&](int row, int col, int v) { staged_[v] = *reinterpret_cast<const Chunk<T>*>(src + row * row_stride + col); });
+    if (aligned) {
+      const AlignedRows<T> from(src, row_stride, rows < ROWS ? rows : ROWS, cols);
+      for_each_vector([&](const Unit& where, int uniform_row, int row, int v) {
+        staged_[v] = from.read(uniform_row, row, where.col);
+      });
     } else {
-      for_each_vector([&](int row, int col, int v) {
-        staged_[v] = read_elements<T, kElements>(src + row * row_stride + col, row < rows ? cols - col : 0, vectors);
+      for_each_vector([&](const Unit& where, int uniform_row, int row, int v) {
+        staged_[v] = read_elements<T, kElements>(src + uniform_row * row_stride, row * row_stride + where.col,
+                                                 uniform_row + row < rows ? cols - where.col : 0, false);
       });
     }
   }
 
   FA_DEVICE void land() {
     if constexpr (kStraight) {
-      for_each_vector([&](int row, int col, int v) { write_chunk(straight_ + Straight::offset(row, col / kElements), staged_[v]); });
+      for_each_vector([&](const Unit& where, int uniform_row, int row, int v) {
+        at<Chunk<T>>(straight_ + Straight::offset(uniform_row + row, where.col / kElements)) = staged_[v];
+      });
     }
     if constexpr (kTransposed) {
       FA_UNROLL
       for (int i = 0; i < kIterations; ++i) {
-        const int unit = int(threadIdx.x) + i * kThreads;
-        if (kUnits % kThreads != 0 && unit >= kUnits) break;
-        const Unit where(unit);
+        const Unit where(i);
+        if (!where.exists()) break;
         FA_UNROLL
         for (int word = 0; word < 4; ++word) {
           write_columns(where, 2 * word, i, [](const Chunk<T>& x, const Chunk<T>& y, int w) { return pack_low(word_of(x, w), word_of(y, w)); });
@@ -92,10 +96,10 @@ class SharedTile {
 
   FA_DEVICE void write(T* dst, int64_t row_stride, int rows, int cols, bool aligned) const {
     static_assert(kStraight);
-    const bool vectors = aligned && cols % kElements == 0;
-    for_each_vector([&](int row, int col, int) {
-      const auto x = at<Chunk<T>>(straight_ + Straight::offset(row, col / kElements));
-      write_elements<T, kElements>(dst + row * row_stride + col, x, row < rows ? cols - col : 0, vectors);
+    for_each_vector([&](const Unit& where, int uniform_row, int row, int) {
+      const auto x = at<Chunk<T>>(straight_ + Straight::offset(uniform_row + row, where.col / kElements));
+      write_elements<T, kElements>(dst + uniform_row * row_stride, row * row_stride + where.col, x,
+                                   uniform_row + row < rows ? cols - where.col : 0, aligned);
     });
   }
 
@@ -111,29 +115,27 @@ class SharedTile {
   using Straight = StraightLayout<T, COLS>;
   using Transposed = TransposedLayout<ROWS, kTile>;
   using Unit = LoadUnit<ROWS, COLS, kElements, kThreads, kTransposed>;
-  static constexpr int kUnitRows = Unit::kRows, kUnits = Unit::kCount;
-  static constexpr int kIterations = (kUnits + kThreads - 1) / kThreads;
+  static constexpr int kUnitRows = Unit::kRows, kIterations = Unit::kIterations;
 
-  // f(row, col, v) for the chunks this thread moves.
+  // f(unit, uniform_row, row, v) for the chunks this thread moves: the row's number is in two parts, of which the first is the
+  // same in every lane.
   template <class F>
   static FA_DEVICE void for_each_vector(F&& f) {
     FA_UNROLL
     for (int i = 0; i < kIterations; ++i) {
-      const int unit = int(threadIdx.x) + i * kThreads;
-      if (kUnits % kThreads != 0 && unit >= kUnits) break;
-      const Unit where(unit);
+      const Unit where(i);
+      if (!where.exists()) break;
       FA_UNROLL
-      for (int r = 0; r < kUnitRows; ++r) f(where.row + r, where.col, i * kUnitRows + r);
+      for (int r = 0; r < kUnitRows; ++r) f(where, where.uniform_row + r, where.row, i * kUnitRows + r);
     }
   }
 
-  static FA_DEVICE void write_chunk(SharedPointer to, const Chunk<T>& x) { at<Chunk<T>>(to) = x; }
   static FA_DEVICE uint32_t word_of(const Chunk<T>& x, int w) { return __builtin_bit_cast(Words, x)[w]; }
 
   // Column where.col + c of the unit's rows, packed by `pack` from pairs of rows.
   template <class F>
   FA_DEVICE void write_columns(const Unit& where, int c, int i, F&& pack) {
-    const SharedPointer to = transposed_ + Transposed::quad_offset(where.col + c, where.row);
+    const SharedPointer to = transposed_ + Transposed::quad_offset(where.col + c, where.uniform_row + where.row);
     const Chunk<T>* x = staged_ + i * kUnitRows;
     if constexpr (kUnitRows == 4) {
       at<Vector<uint32_t, 2>>(to) =

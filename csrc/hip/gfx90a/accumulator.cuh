@@ -5,7 +5,7 @@
 // the narrowed registers are a left factor of the transpose, which is what the backward needs of P and dS.
 #pragma once
 
-#include "machine.h"
+#include "machine.cuh"
 
 namespace flash_attn::gfx90a {
 
@@ -28,10 +28,11 @@ class Rows {
  public:
   using Layout = RowLayout<WARPS, M, WARPS_M>;
   using S = Shape<Layout::kTile>;
+  static constexpr int kSlots = Layout::kSlots;
 
   FA_DEVICE void fill(Scalar x) {
     FA_UNROLL
-    for (int slot = 0; slot < Layout::kSlots; ++slot) values_[slot] = x;
+    for (int slot = 0; slot < kSlots; ++slot) values_[slot] = x;
   }
   FA_DEVICE Scalar& operator[](int slot) { return values_[slot]; }
 
@@ -59,14 +60,14 @@ class Rows {
   template <class F>
   FA_DEVICE void reduce(F&& f) {
     FA_UNROLL
-    for (int slot = 0; slot < Layout::kSlots; ++slot) {
+    for (int slot = 0; slot < kSlots; ++slot) {
       FA_UNROLL
-      for (int mask = Layout::kTile; mask < kLanes; mask *= 2) values_[slot] = f(values_[slot], __shfl_xor(values_[slot], mask));
+      for (int mask = Layout::kTile; mask < kLanes; mask *= 2) values_[slot] = f(values_[slot], exchange(values_[slot], mask));
     }
   }
 
  private:
-  Scalar values_[Layout::kSlots];
+  Scalar values_[kSlots];
 };
 
 template <class Scalar, int WARPS, int M, int N, int WARPS_M>
@@ -102,6 +103,7 @@ class Accumulator {
 
   template <class F>
   static FA_DEVICE void for_each(F&& f) {
+    const int across = unhoisted(4 * S::group());  // a loop would keep a register for every sum with a constant
     FA_UNROLL
     for (int m = 0; m < kTilesM; ++m) {
       FA_UNROLL
@@ -109,11 +111,11 @@ class Accumulator {
         const int row = first_row() + m * kTile, col = first_col() + n * kTile;
         FA_UNROLL
         for (int i = 0; i < S::kRegs; ++i) {
-          const int reg = (m * kTilesN + n) * S::kRegs + i;
+          const int reg = (m * kTilesN + n) * S::kRegs + i, along = S::kStep * (i / 4) + i % 4;
           if constexpr (kLaneOwnsRow) {
-            f(m, row + S::lane_row(), col + S::result_row(i), reg);
+            f(m, row + S::lane_row(), col + along + across, reg);
           } else {
-            f(m * S::kRegs + i, row + S::result_row(i), col + S::lane_row(), reg);
+            f(m * S::kRegs + i, row + along + across, col + S::lane_row(), reg);
           }
         }
       }

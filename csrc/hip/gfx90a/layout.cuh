@@ -5,7 +5,7 @@
 // slot of its 128-byte line, by the exclusive or with a few bits of the row's or column's index.
 #pragma once
 
-#include "machine.h"
+#include "machine.cuh"
 
 namespace flash_attn::gfx90a {
 
@@ -31,14 +31,14 @@ struct StraightLayout {
     return row * (kChunks * 16) + (chunk ^ Swizzle<kChunks>::key(row)) * 16;
   }
 
-  // Of the chunk that this lane needs for rows row0..row0 + TILE - 1, step group g: constants are kept apart from what
-  // depends on the lane, so that a loop needs few addresses.
+  // Of the chunk that this lane needs for rows row0..row0 + TILE - 1 (row0 a multiple of 16), step group g. What depends on
+  // the lane takes one value for each of few constants, so that a loop needs few addresses.
   template <int TILE>
   static FA_DEVICE int lane_offset(int row0, int g) {
     using S = Shape<TILE>;
-    const int row = row0 + S::lane_row(), first = S::kGroups * g;
+    const int row = S::lane_row(), first = S::kGroups * g;
     const int lane_part = row * (kChunks * 16) + (S::group() ^ Swizzle<kChunks>::key(row)) * 16;
-    return (lane_part ^ (first % kPeriod * 16)) + first / kPeriod * (kPeriod * 16);
+    return (lane_part ^ (first % kPeriod * 16)) + row0 * (kChunks * 16) + first / kPeriod * (kPeriod * 16);
   }
 };
 
@@ -69,35 +69,43 @@ struct TransposedLayout {
     return col * (ROWS * 2) + ((at / 8) ^ key(col)) * 16 + at % 8 * 2;
   }
 
+  // As in StraightLayout; col0 is a multiple of 16.
   template <int LANE_TILE>
   static FA_DEVICE int lane_offset(int col0, int g) {
-    const int col = col0 + S::lane_row(), first = S::kGroups * g;
+    const int col = S::lane_row(), first = S::kGroups * g;
     const int lane_part = col * (ROWS * 2) + (S::group() ^ key(col)) * 16;
-    return (lane_part ^ (first % kPeriod * 16)) + first / kPeriod * (kPeriod * 16);
+    return (lane_part ^ ((first % kPeriod ^ key(col0)) * 16)) + col0 * (ROWS * 2) + first / kPeriod * (kPeriod * 16);
   }
 };
 
 // What one thread moves at a time: one chunk, or, where a transposed copy is written, the same chunk of two or four
-// neighbouring rows, so that its columns can be written in words.
+// neighbouring rows, so that its columns can be written in words. A pass of all threads covers `kPassRows` whole rows
+// where it can, so that only the first row of a pass differs between passes.
 template <int ROWS, int COLS, int ELEMENTS, int THREADS, bool TRANSPOSED>
 struct LoadUnit {
   static constexpr int kChunks = COLS / ELEMENTS;
   static constexpr int kRows = !TRANSPOSED ? 1 : (ROWS / 4 * kChunks >= THREADS ? 4 : 2);
   static constexpr int kCount = ROWS / kRows * kChunks;
-  static constexpr int kNear = kChunks % 8 == 0 ? 8 : 4;  // neighbouring lanes read 64 or 128 bytes of a row
-  static_assert(kChunks % kNear == 0 && ROWS % kRows == 0);
+  static constexpr int kIterations = (kCount + THREADS - 1) / THREADS;
+  static constexpr bool kWholeRows = THREADS % kChunks == 0;
+  static_assert(ROWS % kRows == 0);
 
-  int row, col;
+  int unit, uniform_row, row, col;
 
-  FA_DEVICE explicit LoadUnit(int unit) {
-    const int near = unit % kNear;
-    int far = unit / kNear;
-    constexpr int kRowUnits = ROWS / kRows;
-    const int row_unit = far % kRowUnits;
-    far /= kRowUnits;
-    row = row_unit * kRows;
-    col = (far * kNear + near) * ELEMENTS;
+  FA_DEVICE explicit LoadUnit(int pass) {
+    const int thread = int(threadIdx.x);
+    unit = thread + pass * THREADS;
+    if (kWholeRows) {
+      uniform_row = pass * (THREADS / kChunks) * kRows;
+      row = thread / kChunks * kRows;
+      col = thread % kChunks * ELEMENTS;
+    } else {
+      uniform_row = 0;
+      row = unit / kChunks * kRows;
+      col = unit % kChunks * ELEMENTS;
+    }
   }
+  FA_DEVICE bool exists() const { return kCount % THREADS == 0 || unit < kCount; }
 };
 
 }  // namespace flash_attn::gfx90a

@@ -5,9 +5,9 @@
 #pragma once
 
 #include "../../cuda/tile/tile.cuh"
-#include "accumulator.h"
-#include "layout.h"
-#include "shared_tile.h"
+#include "accumulator.cuh"
+#include "layout.cuh"
+#include "shared_tile.cuh"
 
 namespace flash_attn::gfx90a {
 
@@ -32,14 +32,15 @@ class OwnedTile {
   FA_DEVICE explicit OwnedTile(char*) {}
 
   FA_DEVICE void load(const T* src, int64_t row_stride, int rows, int cols, bool aligned) {
-    const bool vectors = aligned && cols % kElements == 0;
     FA_UNROLL
     for (int t = 0; t < kTiles; ++t) {
-      const int row = wave_of_block() * kWaveRows + t * kTile + S::lane_row();
+      const int uniform_row = first_row(t);
+      const int count = uniform_row + S::lane_row() < rows ? cols : 0;
       FA_UNROLL
       for (int g = 0; g < kRowChunks; ++g) {
-        const int col = (S::kGroups * g + S::group()) * kElements;
-        rows_[t][g] = read_elements<T, kElements>(src + row * row_stride + col, row < rows ? cols - col : 0, vectors);
+        const int uniform_col = S::kGroups * g * kElements, col = S::group() * kElements;
+        rows_[t][g] = read_elements<T, kElements>(src + uniform_row * row_stride + uniform_col,
+                                                  S::lane_row() * row_stride + col, count - uniform_col - col, aligned);
       }
     }
     if constexpr (kColumns) load_columns(src, row_stride, rows, cols);
@@ -71,14 +72,15 @@ class OwnedTile {
   }
 
   FA_DEVICE void write(T* dst, int64_t row_stride, int rows, int cols, bool aligned) const {
-    const bool vectors = aligned && cols % 4 == 0;
     FA_UNROLL
     for (int t = 0; t < kTiles; ++t) {
-      const int row = wave_of_block() * kWaveRows + t * kTile + S::lane_row();
+      const int uniform_row = first_row(t);
+      const int count = uniform_row + S::lane_row() < rows ? cols : 0;
       FA_UNROLL
       for (int s = 0; s < kSteps; ++s) {
-        const int col = S::kStep * s + 4 * S::group();
-        write_elements<T, 4>(dst + row * row_stride + col, staged_[t][s], row < rows ? cols - col : 0, vectors);
+        const int uniform_col = S::kStep * s, col = 4 * S::group();
+        write_elements<T, 4>(dst + uniform_row * row_stride + uniform_col, S::lane_row() * row_stride + col, staged_[t][s],
+                             count - uniform_col - col, aligned);
       }
     }
   }
@@ -87,6 +89,8 @@ class OwnedTile {
   using S = Shape<kTile>;
   static constexpr int kElements = kChunkElements<T>;
   static constexpr int kSteps = COLS / S::kStep;
+
+  static FA_DEVICE int first_row(int t) { return wave_of_block() * kWaveRows + t * kTile; }
 
   // Chunks with k along the rows, elements in ascending order, of the columns this wave multiplies.
   FA_DEVICE void load_columns(const T* src, int64_t row_stride, int rows, int cols) {

@@ -116,6 +116,12 @@ FA_DEVICE Quad<T> narrow_quad(float x0, float x1, float x2, float x3) {
   }
 }
 
+// The value of the lane whose number differs in the bits of `mask`.
+FA_DEVICE float exchange(float x, int mask) {
+  const int from = (lane_of_wave() ^ mask) * 4;
+  return bits_to_float(uint32_t(__builtin_amdgcn_ds_bpermute(from, int(float_to_bits(x)))));
+}
+
 // The larger of two numbers; a NaN is passed over. One instruction: the median of x, y and infinity, where
 // fmaxf would first make signalling NaNs quiet.
 FA_DEVICE float max_number(float x, float y) { return __builtin_amdgcn_fmed3f(x, y, infinity<float>()); }
@@ -123,32 +129,79 @@ FA_DEVICE float max_number(float x, float y) { return __builtin_amdgcn_fmed3f(x,
 template <class T>
 using Bits = std::conditional_t<sizeof(T) == 4, float, uint16_t>;
 
-// N elements of device memory from `src`, those at `count` and beyond zero and unread. Whole vectors are read when
-// `vectors` (which promises that `src` is aligned and that count is 0 or at least N).
+// Rows of a matrix in device memory, read 16 bytes a lane through a buffer descriptor: what lies behind its end reads as
+// zero, and no branch is needed for it. Wants AttentionParams::aligned.
+template <class T>
+class AlignedRows {
+ public:
+  FA_DEVICE AlignedRows(const T* src, int64_t row_stride, int rows, int cols)
+      : base_(reinterpret_cast<uint64_t>(src)),
+        cols_(cols),
+        row_bytes_(rows > 1 ? uint32_t(row_stride) * uint32_t(sizeof(T)) : kFar),
+        bytes_(rows > 0 ? (rows - 1) * row_bytes_ + cols * uint32_t(sizeof(T)) : 0) {}
+
+  // Row first_row + row; first_row is the same in every lane.
+  FA_DEVICE Chunk<T> read(int first_row, int row, int col) const {
+    const uint32_t skipped = first_row * row_bytes_;
+    const uint64_t base = base_ + skipped;
+    const Vector<int, 4> descriptor = {
+        __builtin_amdgcn_readfirstlane(int(base)),
+        __builtin_amdgcn_readfirstlane(int(base >> 32) & 0xffff),  // stride 0: records are bytes
+        __builtin_amdgcn_readfirstlane(int(bytes_ > skipped ? bytes_ - skipped : 0)),
+        0x00020000,  // 32-bit data
+    };
+    const uint32_t offset = col < cols_ ? row * row_bytes_ + col * uint32_t(sizeof(T)) : 0x80000000u;
+    return __builtin_bit_cast(Chunk<T>, raw_buffer_load(descriptor, int(offset), 0, 0));
+  }
+
+ private:
+  static constexpr uint32_t kFar = 1 << 24;  // a single row may have any stride
+
+  static __device__ Vector<int, 4> raw_buffer_load(Vector<int, 4> descriptor, int offset, int uniform_offset,
+                                                   int policy) __asm("llvm.amdgcn.raw.buffer.load.v4i32");
+
+  uint64_t base_;
+  int cols_;
+  uint32_t row_bytes_, bytes_;
+};
+
+// N elements of device memory at base[offset], those at `count` and beyond zero and unread. `base` is the same in every
+// lane, so that only the offset needs a register. With `vectors` whole vectors are read: base and offset are aligned,
+// count is 0 or less or at least N, and offsets stay below 2^31 bytes (see AttentionParams::aligned).
 template <class T, int N>
-FA_DEVICE Vector<Bits<T>, N> read_elements(const T* src, int count, bool vectors) {
+FA_DEVICE Vector<Bits<T>, N> read_elements(const T* base, int64_t offset, int count, bool vectors) {
   using V = Vector<Bits<T>, N>;
   V x = {};
   if (vectors) {
-    if (count > 0) x = *reinterpret_cast<const V*>(src);
+    if (count > 0) x = *reinterpret_cast<const V*>(reinterpret_cast<const char*>(base) + uint32_t(offset) * uint32_t(sizeof(T)));
   } else {
     FA_UNROLL
     for (int i = 0; i < N; ++i) {
-      if (i < count) x[i] = reinterpret_cast<const Bits<T>*>(src)[i];
+      if (i < count) x[i] = reinterpret_cast<const Bits<T>*>(base + offset)[i];
     }
   }
   return x;
 }
 
+template <class T>
+FA_DEVICE float widen_bits(Bits<T> x) {
+  return widen(__builtin_bit_cast(T, x));
+}
+
+// *p += x, at the memory's own adders and in no particular order.
+FA_DEVICE void add_to_memory(float* p, float x) {
+  __builtin_amdgcn_global_atomic_fadd_f32((__attribute__((address_space(1))) float*)p, x);
+}
+
 template <class T, int N>
-FA_DEVICE void write_elements(T* dst, const Vector<Bits<T>, N>& x, int count, bool vectors) {
+FA_DEVICE void write_elements(T* base, int64_t offset, const Vector<Bits<T>, N>& x, int count, bool vectors) {
   using V = Vector<Bits<T>, N>;
   if (vectors) {
-    if (count > 0) *reinterpret_cast<V*>(dst) = x;
+    if (count > 0) *reinterpret_cast<V*>(reinterpret_cast<char*>(base) + uint32_t(offset) * uint32_t(sizeof(T))) = x;
   } else {
     FA_UNROLL
     for (int i = 0; i < N; ++i) {
-      if (i < count) reinterpret_cast<Bits<T>*>(dst)[i] = x[i];
+      if (i < count) reinterpret_cast<Bits<T>*>(base + offset)[i] = x[i];
     }
   }
 }

@@ -1,0 +1,280 @@
+"""Runs the gfx90a kernels of `make hip` in the emulator, on torch CPU tensors.
+
+Mirrors what csrc/cuda/launch.cu does around the kernels: parameters, workspace, the order of launches.
+"""
+
+import ctypes
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+EMULATOR = Path(__file__).resolve().parents[3] / "shared" / "tools"
+DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
+def is_available() -> bool:
+    return (EMULATOR / "amdemu").is_dir()
+
+
+def amdemu() -> Any:
+    if str(EMULATOR) not in sys.path:
+        sys.path.insert(0, str(EMULATOR))
+    import amdemu
+
+    return amdemu
+
+
+# ---- csrc/core/params.h ----------------------------------------------------------------------------------------------
+
+
+class TensorRef(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("data", "batch_stride", "row_stride", "head_stride")]
+
+
+class RowsRef(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("data", "batch_stride", "head_stride")]
+
+
+def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
+    return [(name, kind) for name in names.split()]
+
+
+class AttentionParams(ctypes.Structure):
+    _fields_ = [
+        *_fields(TensorRef, "q k v out"),
+        ("lse", RowsRef),
+        *_fields(ctypes.c_int32, "batch heads_q heads_kv head_dim seqlen_q seqlen_k total_q total_k"),
+        *_fields(ctypes.c_int64, "cu_seqlens_q cu_seqlens_k seqused_k"),
+        ("softmax_scale", ctypes.c_double),
+        ("softcap", ctypes.c_float),
+        *_fields(ctypes.c_int32, "window_left window_right"),
+        *_fields(ctypes.c_int64, "alibi_slopes alibi_batch_stride sink"),
+        ("dropout_p", ctypes.c_float),
+        ("rng_state", ctypes.c_int64),
+        ("dtype", ctypes.c_int8),
+        *_fields(ctypes.c_bool, "performance_mode aligned"),
+    ]
+
+
+class ForwardParams(AttentionParams):
+    _fields_ = [
+        *_fields(ctypes.c_int32, "split_size num_splits"),
+        ("deterministic", ctypes.c_bool),
+        *_fields(ctypes.c_int64, "partial_out partial_max partial_sum s_dmask"),
+    ]
+
+
+class BackwardParams(AttentionParams):
+    _fields_ = [
+        *_fields(TensorRef, "dout dq dk dv"),
+        *_fields(RowsRef, "dlse delta"),
+        *_fields(ctypes.c_int64, "dq_accum dq_turn"),
+        ("deterministic", ctypes.c_bool),
+    ]
+
+
+def tensor_ref(x: Tensor) -> TensorRef:
+    """Of [batch, seq, heads, dim], or packed [total, heads, dim]."""
+    batch_stride = x.stride(0) if x.dim() == 4 else 0
+    return TensorRef(x.data_ptr(), batch_stride, x.stride(-3), x.stride(-2))
+
+
+def rows_ref(x: Tensor) -> RowsRef:
+    """Of [batch, heads, seq], or packed [heads, total]."""
+    return RowsRef(x.data_ptr(), x.stride(0) if x.dim() == 3 else 0, x.stride(-2))
+
+
+# ---- kernels ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class KernelCode:
+    """One instance: where its machine code is, and the numbers of its KernelInfo."""
+
+    code: Path
+    name: str  # as the emulator finds it
+    block_m: int
+    block_n: int
+    threads: int
+    shared_bytes: int
+    stash_bytes: int
+    blocks: Callable[[ctypes.Structure], int]
+
+
+@dataclass
+class Problem:
+    """One call: [batch, seq, heads, dim] tensors, or packed ones with cu_seqlens."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    softmax_scale: float | None = None
+    window: tuple[int, int] = (-1, -1)
+    softcap: float = 0.0
+    alibi_slopes: Tensor | None = None
+    sink: Tensor | None = None
+    dropout_p: float = 0.0
+    rng_state: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    max_seqlen_q: int = 0
+    max_seqlen_k: int = 0
+    seqused_k: Tensor | None = None
+    split_size: int = 0
+    num_splits: int = 1
+    want_dmask: bool = False
+    keep_alive: list[Tensor] = field(default_factory=list)
+
+    @property
+    def is_packed(self) -> bool:
+        return self.cu_seqlens_q is not None
+
+    @property
+    def batch(self) -> int:
+        return len(self.cu_seqlens_q) - 1 if self.cu_seqlens_q is not None else self.q.shape[0]
+
+    @property
+    def seqlen_q(self) -> int:
+        return self.max_seqlen_q if self.is_packed else self.q.shape[1]
+
+    @property
+    def seqlen_k(self) -> int:
+        return self.max_seqlen_k if self.is_packed else self.k.shape[1]
+
+    @property
+    def is_modified(self) -> bool:
+        scale_is_usual = self.softmax_scale is None or self.softmax_scale > 0
+        features = self.softcap > 0 or self.alibi_slopes is not None or self.dropout_p > 0 or self.want_dmask
+        return features or not scale_is_usual or not self.is_aligned
+
+    @property
+    def is_aligned(self) -> bool:
+        size = self.q.element_size()
+        return all(
+            x.data_ptr() % 16 == 0 and all(s * size % 16 == 0 for s in x.stride()[:-1]) and x.shape[-1] * size % 16 == 0
+            for x in (self.q, self.k, self.v)
+        )
+
+    def pointer(self, x: Tensor | None) -> int:
+        if x is None:
+            return 0
+        self.keep_alive.append(x)
+        return x.data_ptr()
+
+    def new_rows(self) -> Tensor:
+        shape = (self.q.shape[-2], self.q.shape[0]) if self.is_packed else (self.batch, self.q.shape[-2], self.seqlen_q)
+        return torch.full(shape, torch.nan)
+
+    def fill(self, p: Any, out: Tensor, lse: Tensor) -> None:
+        """The fields that the forward and the backward share."""
+        self.keep_alive += [self.q, self.k, self.v, out, lse]
+        p.q, p.k, p.v, p.out = (tensor_ref(x) for x in (self.q, self.k, self.v, out))
+        p.lse = rows_ref(lse)
+        p.batch, p.heads_q, p.heads_kv, p.head_dim = self.batch, self.q.shape[-2], self.k.shape[-2], self.q.shape[-1]
+        p.seqlen_q, p.seqlen_k = self.seqlen_q, self.seqlen_k
+        p.total_q = self.q.shape[0] if self.is_packed else self.batch * self.seqlen_q
+        p.total_k = self.k.shape[0] if self.is_packed else self.batch * self.seqlen_k
+        p.cu_seqlens_q, p.cu_seqlens_k = self.pointer(self.cu_seqlens_q), self.pointer(self.cu_seqlens_k)
+        p.seqused_k = self.pointer(self.seqused_k)
+        p.softmax_scale = self.softmax_scale if self.softmax_scale is not None else self.q.shape[-1] ** -0.5
+        p.softcap = self.softcap
+        p.window_left, p.window_right = self.window
+        p.alibi_slopes = self.pointer(self.alibi_slopes)
+        p.alibi_batch_stride = 0
+        if self.alibi_slopes is not None and self.alibi_slopes.dim() == 2:
+            p.alibi_batch_stride = self.alibi_slopes.stride(0)
+        p.sink = self.pointer(self.sink)
+        p.dropout_p, p.rng_state = self.dropout_p, self.pointer(self.rng_state)
+        p.dtype = DTYPES[self.q.dtype]
+        p.performance_mode, p.aligned = False, self.is_aligned
+
+
+class Emulator:
+    """forward() and backward() as the GPU backend does them."""
+
+    def __init__(self, find: Callable[[str, torch.dtype, int, bool], KernelCode]):
+        """find(family, dtype, head_dim, modified) gives an instance."""
+        self.find = find
+        self.statistics: dict[str, dict[str, Any]] = {}
+
+    def run(self, kernel: KernelCode, p: Any, memory: list[Tensor], more_shared_bytes: int = 0) -> None:
+        blocks = kernel.blocks(p)
+        if blocks == 0:
+            return
+        self.statistics[kernel.name] = amdemu().launch(
+            str(kernel.code),
+            kernel.name,
+            grid=(blocks, 1, 1),
+            block=kernel.threads,
+            args=[bytes(p)],
+            shared_bytes=kernel.shared_bytes + more_shared_bytes,
+            mem=memory,
+            jobs=int(os.environ.get("EMULATOR_JOBS", "2")),
+            max_insts=200_000_000,
+        )
+
+    def forward(self, problem: Problem) -> tuple[Tensor, Tensor, Tensor | None]:
+        """out, lse, s_dmask or None."""
+        dtype, dim = problem.q.dtype, problem.q.shape[-1]
+        kernel = self.find("Forward", dtype, dim, problem.is_modified)
+        out, lse = torch.full(problem.q.shape, torch.nan, dtype=dtype), problem.new_rows()
+        p = ForwardParams()
+        problem.fill(p, out, lse)
+        p.split_size, p.num_splits = problem.split_size, problem.num_splits
+        dmask = None
+        if problem.want_dmask:
+            dmask = torch.zeros(problem.batch, p.heads_q, p.seqlen_q, p.seqlen_k, dtype=dtype)
+            p.s_dmask = problem.pointer(dmask)
+        if problem.num_splits > 1:
+            shape = (problem.num_splits, problem.batch, p.heads_q, p.seqlen_q)
+            partial_out, partial_max, partial_sum = (torch.full(s, torch.nan) for s in ((*shape, dim), shape, shape))
+            p.partial_out, p.partial_max, p.partial_sum = map(problem.pointer, (partial_out, partial_max, partial_sum))
+        may_fold = problem.num_splits == 1 and problem.split_size > 0
+        self.run(kernel, p, problem.keep_alive, kernel.stash_bytes if may_fold else 0)
+        if problem.num_splits > 1:
+            self.run(self.find("Combine", dtype, 0, False), p, problem.keep_alive)
+        return out, lse, dmask
+
+    def backward(
+        self,
+        problem: Problem,
+        dout: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dlse: Tensor | None = None,
+        deterministic: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """dq, dk, dv, delta."""
+        dtype, dim = problem.q.dtype, problem.q.shape[-1]
+        kernel = self.find("Backward", dtype, dim, problem.is_modified)
+        gradients = [torch.full(x.shape, torch.nan, dtype=dtype) for x in (problem.q, problem.k, problem.v)]
+        delta = problem.new_rows()
+        p = BackwardParams()
+        problem.fill(p, out, lse)
+        p.dout = tensor_ref(dout)
+        p.dq, p.dk, p.dv = map(tensor_ref, gradients)
+        p.delta = rows_ref(delta)
+        if dlse is not None:
+            p.dlse = rows_ref(dlse)
+            problem.keep_alive.append(dlse)
+        block_m, padded_dim = kernel.block_m, next(d for d in (32, 64, 96, 128, 192, 256) if d >= dim)
+        blocks = problem.batch * -(-p.seqlen_q // block_m)
+        if problem.is_packed:
+            blocks = (p.total_q + problem.batch * block_m) // block_m
+        dq_accum = torch.zeros(p.heads_q * blocks * block_m * padded_dim)
+        dq_turn = torch.zeros(p.heads_q * blocks, dtype=torch.int32)
+        p.dq_accum = problem.pointer(dq_accum)
+        p.dq_turn = problem.pointer(dq_turn) if deterministic else 0
+        p.deterministic = deterministic
+        problem.keep_alive += [dout, *gradients, delta]
+        self.run(self.find("Preprocess", dtype, dim, False), p, problem.keep_alive)
+        self.run(kernel, p, problem.keep_alive)
+        self.run(self.find("FinishDq", dtype, dim, False), p, problem.keep_alive)
+        return (*gradients, delta)
