@@ -109,14 +109,51 @@ def rounding(expected: Tensor, dtype: torch.dtype) -> float:
     return 0.5 * torch.finfo(dtype).eps * float(finite.abs().max()) if finite.numel() else 0.0
 
 
-def assert_accurate(actual: Tensor, plain: Tensor, expected: Tensor, what: str = "out") -> None:
+def assert_accurate(actual: Tensor, plain: Tensor, expected: Tensor, what: str = "out", terms: float = 0.0) -> None:
     """The error is at most twice that of plain torch at the same precision, plus a floor.
 
-    The floor is four roundings of the largest value: plain torch may be exact by luck on small shapes, while a kernel
-    rounds P (or dS), the product and the result, each in an order of its own.
+    The floor is four roundings of the largest value, since plain torch may be exact by luck on small shapes while a
+    kernel rounds P (or dS), the product and the result, each in an order of its own; and four roundings, in the
+    accumulation dtype, of `terms`, the size of what is added up where the result is a small difference. In float64
+    the expected answer was itself computed with such errors, in another order: the floor is then eight times as high.
     """
-    limit = 2.0 * error(plain, expected) + 4.0 * rounding(expected, plain.dtype)
+    accum = torch.promote_types(plain.dtype, torch.float32)
+    floor = 4.0 * rounding(expected, plain.dtype) + 2.0 * torch.finfo(accum).eps * terms
+    limit = 2.0 * error(plain, expected) + floor * (8.0 if plain.dtype == torch.float64 else 1.0)
     assert error(actual, expected) <= limit, f"{what}: error {error(actual, expected):.3g}, limit {limit:.3g}"
+
+
+def largest(x: Tensor) -> float:
+    """The largest finite magnitude, 0 for nothing."""
+    x = x.detach().double()
+    x = x[x.isfinite()]
+    return float(x.abs().max()) if x.numel() else 0.0
+
+
+def assert_forward_accurate(actual: tuple[Tensor, Tensor], plain: AttentionResult, expected: AttentionResult) -> None:
+    """Compares out and LSE. An error of a score, which grows with the scores, is a relative error of the output."""
+    scores = largest(expected.lse)
+    assert_accurate(actual[0], plain.out, expected.out, terms=scores * largest(expected.out))
+    assert_accurate(actual[1], plain.lse, expected.lse, "lse", terms=scores)
+
+
+def assert_gradients_accurate(
+    actual: list[Tensor],
+    plain: list[Tensor],
+    expected: list[Tensor],
+    inputs: tuple[Tensor, Tensor, Tensor],
+    dout: Tensor,
+    softmax_scale: float | None = None,
+) -> None:
+    """Compares dq, dk, dv. dS = P * (dP - delta) is a difference of two sums over dim products dout * v."""
+    q, k, v = inputs
+    dim = q.shape[-1]
+    scale = dim**-0.5 if softmax_scale is None else abs(softmax_scale)
+    difference = dim**0.5 * largest(dout) * largest(v)
+    terms = (scale * difference * largest(k), scale * difference * largest(q), 0.0)
+    for name, got, rough, wanted, size in zip(("dq", "dk", "dv"), actual, plain, expected, terms, strict=True):
+        assert got.dtype == q.dtype
+        assert_accurate(got, rough, wanted, name, size)
 
 
 def gradients(outputs: Tensor | tuple[Tensor, ...], inputs: tuple[Tensor, ...], *upstream: Tensor) -> list[Tensor]:

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from helpers import cumulative, feature, gradients, longest, random_packed, random_qkv
+from helpers import feature, gradients, longest, random_packed, random_qkv
 
 import flash_attn
 from flash_attn import deterministic_mode, flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache, modes

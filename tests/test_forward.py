@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from helpers import DEVICES, FEATURES, assert_forward_accurate, error, exact, feature, random_qkv
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from helpers import DEVICES, FEATURES, assert_accurate, error, exact, feature, random_qkv
 
 from flash_attn import flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func
 from flash_attn.reference import attention_reference
@@ -18,8 +18,7 @@ def check(q, k, v, **arguments):
     expected, plain = exact(q, k, v, **arguments), attention_reference(q, k, v, **arguments)
     assert out.dtype == q.dtype and out.is_contiguous()
     assert lse.dtype == (torch.float64 if q.dtype == torch.float64 else torch.float32)
-    assert_accurate(out, plain.out, expected.out)
-    assert_accurate(lse, plain.lse, expected.lse, "lse")
+    assert_forward_accurate((out, lse), plain, expected)
     return out
 
 

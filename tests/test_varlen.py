@@ -6,7 +6,8 @@ import pytest
 import torch
 from helpers import (
     FEATURES,
-    assert_accurate,
+    assert_forward_accurate,
+    assert_gradients_accurate,
     cumulative,
     exact,
     feature,
@@ -39,16 +40,14 @@ def check(lengths_q, lengths_k, device, dtype, name="causal", **shape):
     )
     inputs = tuple(x.detach().double().requires_grad_() for x in (q, k, v))
     expected, plain = exact(*inputs, **where, **arguments), attention_reference(q, k, v, **where, **arguments)
-    assert_accurate(out, plain.out, expected.out)
-    assert_accurate(lse, plain.lse, expected.lse, "lse")
+    assert_forward_accurate((out, lse), plain, expected)
     if q.numel() == 0 or k.numel() == 0:
         return
     dout = torch.randn(out.shape).to(out)
     found = gradients(out, (q, k, v), dout)
     rough = gradients(plain.out, (q, k, v), dout)
     wanted = gradients(expected.out, inputs, dout.double())
-    for what, *triple in zip(("dq", "dk", "dv"), found, rough, wanted, strict=True):
-        assert_accurate(*triple, what)
+    assert_gradients_accurate(found, rough, wanted, (q, k, v), dout, arguments.get("softmax_scale"))
 
 
 @pytest.mark.parametrize("name", FEATURES)

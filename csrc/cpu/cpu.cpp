@@ -99,6 +99,7 @@ Workspace plan_forward(ForwardParams& p, const Queue& queue) {
                                 " of head_dim " + std::to_string(p.head_dim) + ", got " + std::to_string(p.split_size));
   }
   p.num_splits = 1;
+  p.head_group = 1;
   if (p.split_size > 0 && p.s_dmask == nullptr && kernel.blocks(&p) < thread_count(queue)) {
     p.num_splits = max_int(1, ceil_div(p.seqlen_k, p.split_size));
   }
@@ -134,6 +135,7 @@ struct BackwardBytes {
 const KernelInfo& finish_kernel(const BackwardParams& p) { return find(KernelKind::kFinishDq, p.dtype, p.head_dim); }
 
 Workspace plan_backward(BackwardParams& p, const Queue& queue) {
+  p.head_group = p.heads_kv * p.batch;  // threads take different heads, and need not wait for their turns at dQ
   const BackwardBytes bytes(p, backward_kernel(p), finish_kernel(p));
   return {bytes.dq_accum + bytes.dq_turn + thread_count(queue) * bytes.scratch};
 }

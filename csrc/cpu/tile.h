@@ -32,6 +32,7 @@ class Tile {
   explicit FA_INLINE Tile(char* shared) : shared_(shared) {}
 
   FA_INLINE void load(const T* src, int64_t row_stride, int rows, int cols, bool) {
+    if (rows > ROWS) prefetch(src + ROWS * row_stride, row_stride, rows - ROWS < ROWS ? rows - ROWS : ROWS, cols);
     rows = rows < ROWS ? rows : ROWS;
     set_extents(round_up(rows), round_up(cols));
     if constexpr (kHasColumns) load_columns(src, row_stride, rows, cols);
@@ -75,6 +76,14 @@ class Tile {
   FA_INLINE void set_extents(int rows, int cols) { extents()[0] = rows, extents()[1] = cols; }
   FA_INLINE Unit* form(int index) const { return reinterpret_cast<Unit*>(shared_ + kHeaderBytes + index * kFormBytes); }
   FA_INLINE T* staging() const { return reinterpret_cast<T*>(shared_ + kHeaderBytes); }
+
+  // Most loads are followed by that of the next rows, too short and far apart for the processor to foresee.
+  static FA_INLINE void prefetch(const T* src, int64_t row_stride, int rows, int cols) {
+    constexpr int kLine = 64 / int(sizeof(T));
+    for (int row = 0; row < rows; ++row) {
+      for (int col = 0; col < cols; col += kLine) __builtin_prefetch(src + row * row_stride + col, 0, 2);
+    }
+  }
 
   FA_INLINE void load_columns(const T* src, int64_t row_stride, int row_count, int col_count) {
     for (int row = 0; row < row_count; ++row) {

@@ -69,6 +69,14 @@ void launch(const KernelInfo& kernel, Params& params, const Queue& queue, int mo
 
 size_t align(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
+// Heads whose blocks are interleaved: as many as keep their `bytes_per_head` in half of the L2 cache.
+int choose_head_group(int64_t bytes_per_head, int64_t heads, const Queue& queue) {
+  const int64_t room = device_attribute(cudaDevAttrL2CacheSize, queue) / 2;
+  return int(std::max<int64_t>(1, std::min<int64_t>(heads, room / std::max<int64_t>(1, bytes_per_head))));
+}
+
+size_t element_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
 // ---- forward ---------------------------------------------------------------------------------------------------------
 
 int64_t partial_rows(const ForwardParams& p) {
@@ -88,6 +96,9 @@ Workspace plan_forward(ForwardParams& p, const Queue& queue) {
                                 " of head_dim " + std::to_string(p.head_dim) + ", got " + std::to_string(p.split_size));
   }
   p.num_splits = 1;
+  const int group = p.heads_q / p.heads_kv;
+  const int64_t keys_bytes = 2 * int64_t(p.seqlen_k) * p.head_dim * element_bytes(p.dtype);
+  p.head_group = group * choose_head_group(keys_bytes, int64_t(p.heads_kv) * p.batch, queue);
   const int64_t blocks = kernel.blocks(&p);
   const int64_t room = int64_t(2) * device_attribute(cudaDevAttrMultiProcessorCount, queue);
   if (p.s_dmask != nullptr && p.split_size == 0) return {0};  // a second pass needs the row's final sum
@@ -140,8 +151,12 @@ size_t dq_turn_bytes(const BackwardParams& p, const KernelInfo& kernel) {
   return p.deterministic ? align(size_t(p.heads_q) * query_blocks(p, kernel.block_m) * sizeof(int32_t)) : 0;
 }
 
-Workspace plan_backward(BackwardParams& p, const Queue&) {
+Workspace plan_backward(BackwardParams& p, const Queue& queue) {
   const KernelInfo& kernel = backward_kernel(p);
+  const int group = p.heads_q / p.heads_kv;
+  const int64_t head_bytes =
+      2 * (int64_t(p.seqlen_q) * group + p.seqlen_k) * p.head_dim * int64_t(element_bytes(p.dtype));
+  p.head_group = choose_head_group(head_bytes, int64_t(p.heads_kv) * p.batch, queue);
   return {dq_accum_bytes(p, kernel) + dq_turn_bytes(p, kernel)};
 }
 

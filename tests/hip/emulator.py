@@ -60,6 +60,7 @@ class AttentionParams(ctypes.Structure):
         ("rng_state", ctypes.c_int64),
         ("dtype", ctypes.c_int8),
         *_fields(ctypes.c_bool, "performance_mode aligned"),
+        *_fields(ctypes.c_int32, "head_group"),
     ]
 
 
@@ -193,7 +194,7 @@ class Problem:
         p.sink = self.pointer(self.sink)
         p.dropout_p, p.rng_state = self.dropout_p, self.pointer(self.rng_state)
         p.dtype = DTYPES[self.q.dtype]
-        p.performance_mode, p.aligned = False, self.is_aligned
+        p.performance_mode, p.aligned, p.head_group = False, self.is_aligned, 1
 
 
 class Emulator:

@@ -80,6 +80,22 @@ FA_DEVICE void for_each_hidden(const Mask& mask, int query, int key, F&& f) {
   });
 }
 
+// One block of a launch in which `items` blocks belong to each of heads * batch heads: which item of which head. Heads are
+// taken in groups; within a group, item 0 of every head comes first.
+struct HeadItem {
+  int item, head, batch;
+
+  FA_DEVICE HeadItem(uint32_t block, uint32_t items, uint32_t heads, uint32_t batches, uint32_t head_group) {
+    const uint32_t group = block / (items * head_group);  // 32-bit divisions: a launch has fewer than 2^31 blocks
+    const uint32_t first = group * head_group, within = block - first * items;
+    const uint32_t size = head_group < heads * batches - first ? head_group : heads * batches - first;
+    item = int(within / size);
+    const uint32_t flat = first + within % size;
+    head = int(flat % heads);
+    batch = int(flat / heads);
+  }
+};
+
 // Query blocks of a sequence inside per-head workspace that is laid out block by block. Sequences of a packed batch
 // start at floor((first_q + batch * block) / block), which leaves every one room without knowing the others' lengths.
 FA_HOST_DEVICE int64_t first_query_block(const AttentionParams& p, int batch, int64_t first_q, int block_m) {

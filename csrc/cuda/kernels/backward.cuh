@@ -2,8 +2,8 @@
 //   dV += P^T dO,  dP = dO V^T,  dS = P * (dP - delta),  dK += dS^T Q,  dQ += dS K.
 // A block owns block_n keys of one KV head and walks the queries of its group's heads that see them. dQ is added up in
 // device memory: in any order, or, under determinism, in descending order of the keys, each block waiting for its turn.
-// Blocks are numbered from the last keys down, so that a block waits only for blocks with smaller numbers, which were
-// launched before it; under a causal mask, blocks that start together and walk up from the diagonal never wait at all.
+// Blocks of a head are numbered from the last keys down, so that a block waits only for blocks with smaller numbers, which
+// were launched before it; under a causal mask, blocks that start together and walk up from the diagonal never wait at all.
 #pragma once
 
 #include "../attention/dropout.cuh"
@@ -50,11 +50,11 @@ struct Backward {
     int key_begin, kv_head, batch;
 
     FA_DEVICE Work(const Params& p, uint32_t block) {
-      const uint32_t key_blocks = ceil_div(p.seqlen_k, kN);
-      key_begin = (int(key_blocks) - 1 - int(block % key_blocks)) * kN;
-      block /= key_blocks;
-      kv_head = int(block % uint32_t(p.heads_kv));
-      batch = int(block / uint32_t(p.heads_kv));
+      const int key_blocks = ceil_div(p.seqlen_k, kN);
+      const HeadItem item(block, key_blocks, p.heads_kv, p.batch, p.head_group);
+      key_begin = (key_blocks - 1 - item.item) * kN;
+      kv_head = item.head;
+      batch = item.batch;
     }
   };
 
@@ -76,7 +76,7 @@ struct Backward {
   }
 
   static FA_DEVICE void run(const Params& p, int64_t block, char* shared) {
-    const Work work(p, uint32_t(block));  // 32-bit divisions: launches have fewer than 2^31 blocks
+    const Work work(p, uint32_t(block));
     const Sequence seq(p, work.batch);
     if (work.key_begin < stored_keys(p, work.batch)) Backward(p, work, seq, shared).differentiate();
   }
@@ -105,12 +105,14 @@ struct Backward {
     return max_int(0, ceil_div(mask.queries_end(key_end) - begin, kM));
   }
 
-  // The position of a step in the walk: heads of the group in turn, each from its first visible query block.
+  // The position in the walk: heads of the group in turn, each from its first visible query block.
   struct Step {
     int head, query, stage;
   };
-  FA_DEVICE Step at(int step) const {
-    return {work.kv_head * group + step / query_steps, query_begin + step % query_steps * kM, step % kStages};
+  FA_DEVICE Step first() const { return {work.kv_head * group, query_begin, 0}; }
+  FA_DEVICE Step next(const Step& step) const {
+    const bool more = step.query + kM < query_begin + query_steps * kM;
+    return {more ? step.head : step.head + 1, more ? step.query + kM : query_begin, (step.stage + 1) % kStages};
   }
 
   FA_DEVICE QTile q_tile(int stage) const {
@@ -138,31 +140,32 @@ struct Backward {
                   p.head_dim, aligned());
       v_tile.load(head_rows<const T>(p.v, work.batch, work.kv_head, seq.first_k + work.key_begin), p.v.row_stride, keys,
                   p.head_dim, aligned());
+      Step step = first();
       QTile q = q_tile(0), dout = do_tile(0);
-      load_queries(q, dout, at(0));
+      load_queries(q, dout, step);
       A::commit();
-      constexpr bool kAhead = kStages > 1 || A::kLoadsThroughRegisters;  // load the next Q and dO during a step
-      for (int step = 0; step < steps; ++step) {
+      for (int left = steps; left > 0; --left) {
         A::template wait<0>();
-        if (step == 0) {
+        if (left == steps) {
           k_tile.land();
           v_tile.land();
         }
         q.land();
         dout.land();
         A::sync();  // Q and dO have arrived, and the last step's tiles are no longer read
-        const bool more = step + 1 < steps;
-        QTile next_q = q_tile((step + 1) % kStages), next_dout = do_tile((step + 1) % kStages);
-        if (kAhead && more) {
-          load_queries(next_q, next_dout, at(step + 1));
+        const Step following = next(step);
+        QTile next_q = q_tile(following.stage), next_dout = do_tile(following.stage);
+        if (kStages > 1 && left > 1) {
+          load_queries(next_q, next_dout, following);
           A::commit();
         }
-        visit(at(step), q, dout, dk, dv);
-        if (kStages == 1 && more) A::sync();
-        if (!kAhead && more) {
-          load_queries(next_q, next_dout, at(step + 1));
+        visit(step, q, dout, dk, dv);
+        if (kStages == 1 && left > 1) {
+          A::sync();
+          load_queries(next_q, next_dout, following);
           A::commit();
         }
+        step = following;
         q = next_q;
         dout = next_dout;
       }
@@ -172,12 +175,14 @@ struct Backward {
   }
 
   FA_DEVICE void visit(const Step& step, QTile& q, QTile& dout, KeyGradient& dk, KeyGradient& dv) {
+    Rows negated_lse, delta;
+    load_rows(step, negated_lse, delta);  // used after the multiplies, which hide the latency
     Scores scores, gradient;
     scores.fill(Scalar(0));
     A::multiply_nt(scores, q, k_tile);
     gradient.fill(Scalar(0));
     A::multiply_nt(gradient, dout, v_tile);
-    differentiate_scores(step, scores, gradient);
+    differentiate_scores(step, negated_lse, delta, scores, gradient);
 
     ds_tile.put(gradient);
     A::sync();
@@ -199,19 +204,22 @@ struct Backward {
     return last - work.key_begin / kN;
   }
 
-  // scores: raw scores to P as dV needs it, put into p_tile; gradient: dP to dS.
-  FA_DEVICE void differentiate_scores(const Step& step, Scores& scores, Scores& gradient) {
-    const ScoreModifier<Scalar, kModified> modifier(p, work.batch, step.head, mask.shift);
-    const Dropout dropout(p, work.batch, step.head);
-    const Scalar* lse = head_rows<const Scalar>(p.lse, work.batch, step.head, seq.first_q + step.query);
-    const Scalar* delta = head_rows<const Scalar>(p.delta, work.batch, step.head, seq.first_q + step.query);
-    const bool masked = !mask.all_visible(step.query, step.query + kM, work.key_begin, work.key_begin + kN);
-    Rows negated_lse, row_delta;
+  FA_DEVICE void load_rows(const Step& step, Rows& negated_lse, Rows& delta) {
+    const Scalar* lse_rows = head_rows<const Scalar>(p.lse, work.batch, step.head, seq.first_q + step.query);
+    const Scalar* delta_rows = head_rows<const Scalar>(p.delta, work.batch, step.head, seq.first_q + step.query);
     Rows::for_each([&](int slot, int row, bool) {
       const bool present = step.query + row < seq.len_q;
-      negated_lse[slot] = present ? lse[row] * Scalar(-kLog2E) : -infinity<Scalar>();
-      row_delta[slot] = present ? delta[row] : Scalar(0);
+      negated_lse[slot] = present ? lse_rows[row] * Scalar(-kLog2E) : -infinity<Scalar>();
+      delta[slot] = present ? delta_rows[row] : Scalar(0);
     });
+  }
+
+  // scores: raw scores to P as dV needs it, put into p_tile; gradient: dP to dS.
+  FA_DEVICE void differentiate_scores(const Step& step, Rows& negated_lse, Rows& delta, Scores& scores,
+                                      Scores& gradient) {
+    const ScoreModifier<Scalar, kModified> modifier(p, work.batch, step.head, mask.shift);
+    const Dropout dropout(p, work.batch, step.head);
+    const bool masked = !mask.all_visible(step.query, step.query + kM, work.key_begin, work.key_begin + kN);
 
     if (kModified && dropout.enabled()) {
       const Scalar kept = Scalar(1) / (Scalar(1) - Scalar(p.dropout_p));
@@ -225,7 +233,7 @@ struct Backward {
       const Scalar score = modifier.apply(scores[reg], step.query + row, work.key_begin + col, derivative);
       const Scalar probability = exp2_fast(fma_rn(score, scale_log2, negated_lse[slot]));
       scores[reg] = probability;
-      gradient[reg] = probability * (gradient[reg] - row_delta[slot]);
+      gradient[reg] = probability * (gradient[reg] - delta[slot]);
       if (kModified) gradient[reg] *= derivative;
     });
     if (masked) {

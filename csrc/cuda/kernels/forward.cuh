@@ -47,20 +47,18 @@ struct Forward {
     return int64_t(ceil_div(p.seqlen_q, kM)) * p.num_splits * p.heads_q * p.batch;
   }
 
-  // Block order: query blocks of a head together, since they share K and V in cache; under a causal mask the longest
-  // first, so that the short ones fill the gaps at the end.
+  // The longest blocks of a causal mask come first, so that the short ones fill the gaps at the end.
   struct Work {
     int query_begin, split, head, batch;
 
     FA_DEVICE Work(const Params& p, uint32_t block) {
       const uint32_t query_blocks = ceil_div(p.seqlen_q, kM);
-      const int query_block = int(block % query_blocks);
+      const HeadItem item(block, query_blocks * p.num_splits, p.heads_q, p.batch, p.head_group);
+      const int query_block = p.num_splits == 1 ? item.item : int(item.item % query_blocks);
       query_begin = (p.window_right >= 0 ? int(query_blocks) - 1 - query_block : query_block) * kM;
-      block /= query_blocks;
-      split = int(block % uint32_t(p.num_splits));
-      block /= uint32_t(p.num_splits);
-      head = int(block % uint32_t(p.heads_q));
-      batch = int(block / uint32_t(p.heads_q));
+      split = p.num_splits == 1 ? 0 : int(item.item / query_blocks);
+      head = item.head;
+      batch = item.batch;
     }
   };
 
@@ -80,7 +78,7 @@ struct Forward {
   Scalar* const stashed_rows;
 
   static FA_DEVICE void run(const Params& p, int64_t block, char* shared) {
-    const Work work(p, uint32_t(block));  // 32-bit divisions: launches have fewer than 2^31 blocks
+    const Work work(p, uint32_t(block));
     const Sequence seq(p, work.batch);
     if (work.query_begin < seq.len_q) Forward(p, work, seq, shared).attend();
   }

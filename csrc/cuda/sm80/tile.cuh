@@ -17,7 +17,7 @@ class Tile {
   FA_DEVICE void load(const T* src, int64_t row_stride, int rows, int cols, bool aligned) {
     if (aligned) {
       const int row0 = int(threadIdx.x / kLanes), chunk0 = int(threadIdx.x % kLanes);
-      const uint32_t dst = base_ + offset(row0, chunk0);
+      const uint32_t dst = offset(row0, chunk0);
       const T* from = src + row0 * row_stride + chunk0 * kPerChunk;
       FA_UNROLL
       for (int pass = 0; pass < kPasses; ++pass, from += kRowsOfPass * row_stride) {  // one pointer: registers are dear
@@ -26,8 +26,7 @@ class Tile {
         FA_UNROLL
         for (int group = 0; group < kChunks; group += kLanes) {
           const bool inside = row < rows && (chunk0 + group) * kPerChunk < cols;
-          copy_async((dst ^ pass_swizzle(pass)) + pass * kRowsOfPass * kRowBytes + group / kPanelChunks * kPanelBytes,
-                     from + group * kPerChunk, inside);
+          copy_async(base_ + within_pass(dst, pass, group), from + group * kPerChunk, inside);
         }
       }
     } else {
@@ -52,20 +51,21 @@ class Tile {
   }
 
   FA_DEVICE void write(T* dst, int64_t row_stride, int rows, int cols, bool aligned) const {
-    for (int pass = 0; pass < kPasses; ++pass) {
-      const int row = int(threadIdx.x / kLanes) + pass * kRowsOfPass;
-      if (row >= min(rows, ROWS)) break;
+    const int row0 = int(threadIdx.x / kLanes), chunk0 = int(threadIdx.x % kLanes);
+    const uint32_t src = offset(row0, chunk0);
+    T* to = dst + row0 * row_stride + chunk0 * kPerChunk;
+    FA_UNROLL
+    for (int pass = 0; pass < kPasses; ++pass, to += kRowsOfPass * row_stride) {
+      const bool present = row0 + pass * kRowsOfPass < min(rows, ROWS);
+      FA_UNROLL
       for (int group = 0; group < kChunks; group += kLanes) {
-        const int chunk = int(threadIdx.x % kLanes) + group;
-        const int col = chunk * kPerChunk;
-        const Chunk x = *reinterpret_cast<const Chunk*>(data_ + offset(row, chunk));
-        if (aligned && col + kPerChunk <= cols) {
-          *reinterpret_cast<Chunk*>(dst + row * row_stride + col) = x;
-        } else {
-          FA_UNROLL
-          for (int i = 0; i < kPerChunk; ++i) {
-            if (col + i < cols) dst[row * row_stride + col + i] = x.element[i];
-          }
+        const Chunk& x = *reinterpret_cast<const Chunk*>(data_ + within_pass(src, pass, group));
+        const int left = cols - (chunk0 + group) * kPerChunk;
+        if (present && aligned && left >= kPerChunk) {
+          *reinterpret_cast<Chunk*>(to + group * kPerChunk) = x;
+        } else if (present && !aligned) {
+#pragma unroll 1
+          for (int i = 0; i < min(left, kPerChunk); ++i) to[group * kPerChunk + i] = x.element[i];
         }
       }
     }
@@ -150,9 +150,12 @@ class Tile {
   static FA_DEVICE uint32_t offset(uint32_t row, uint32_t chunk) {
     return chunk / kPanelChunks * kPanelBytes + row * kRowBytes + ((chunk % kPanelChunks) ^ swizzle(row)) * 16;
   }
-  // What changes in the swizzle from the first pass of a load to another: rows of a pass are a power of two.
-  static constexpr FA_DEVICE uint32_t pass_swizzle(int pass) {
-    return kRowBytes == 128 ? uint32_t(pass) * kRowsOfPass % 8 * 16 : uint32_t(pass) * kRowsOfPass / 2 % 4 * 16;
+  // offset(row + pass * kRowsOfPass, chunk + group) from offset(row, chunk): rows of a pass are a power of two, groups
+  // whole panels.
+  static FA_DEVICE uint32_t within_pass(uint32_t first, uint32_t pass, uint32_t group) {
+    const uint32_t rows = pass * kRowsOfPass;
+    const uint32_t change = kRowBytes == 128 ? rows % 8 : rows / 2 % 4;
+    return (first ^ (change * 16)) + rows * kRowBytes + group / kPanelChunks * kPanelBytes;
   }
   // The address of offset(row, warp_chunk + chunk + low), for low in {0, 1} and even chunks that add without a carry out
   // of a panel or from a constant known to the compiler.

@@ -32,19 +32,13 @@ struct TileFor {
       std::conditional_t<kProduct, ProductTile<T, WARPS, ROWS, COLS, USES>, SharedTile<T, WARPS, ROWS, COLS, USES>>>;
 };
 
-// One step of k for all tiles of an accumulator: left[m], right[n] are quads.
-template <class T, class C, class Left, class Right>
-FA_DEVICE void multiply_step(C& c, Left&& left, Right&& right) {
-  FA_UNROLL
-  for (int m = 0; m < C::kTilesM; ++m) {
-    FA_UNROLL
-    for (int n = 0; n < C::kTilesN; ++n) {
-      if constexpr (C::kLaneOwnsRow) {
-        matrix_step<T, C::kTile>(right(n), left(m), c.tiles[m][n]);
-      } else {
-        matrix_step<T, C::kTile>(left(m), right(n), c.tiles[m][n]);
-      }
-    }
+// One matrix instruction's worth of tile (m, n).
+template <class T, class C>
+FA_DEVICE void multiply_tile(C& c, int m, int n, const Quad<T>& left, const Quad<T>& right) {
+  if constexpr (C::kLaneOwnsRow) {
+    matrix_step<T, C::kTile>(right, left, c.tiles[m][n]);
+  } else {
+    matrix_step<T, C::kTile>(left, right, c.tiles[m][n]);
   }
 }
 
@@ -61,7 +55,11 @@ FA_DEVICE void multiply_chunks(C& c, Left&& left, Right&& right) {
     for (int n = 0; n < C::kTilesN; ++n) b[n] = right(n, g);
     FA_UNROLL
     for (int q = 0; q < kQuadsOfChunk<T>; ++q) {
-      multiply_step<T>(c, [&](int m) { return quad_of<T>(a[m], q); }, [&](int n) { return quad_of<T>(b[n], q); });
+      FA_UNROLL
+      for (int m = 0; m < C::kTilesM; ++m) {
+        FA_UNROLL
+        for (int n = 0; n < C::kTilesN; ++n) multiply_tile<T>(c, m, n, quad_of<T>(a[m], q), quad_of<T>(b[n], q));
+      }
     }
   }
 }
@@ -69,16 +67,28 @@ FA_DEVICE void multiply_chunks(C& c, Left&& left, Right&& right) {
 // k in the order in which an accumulator holds it: left(m, step) gives a quad, the right factor is in LDS.
 template <class T, int K, class C, class Left, class Right>
 FA_DEVICE void multiply_products(C& c, Left&& left, const Right& right) {
-  constexpr int kSteps = K / C::S::kStep;
-  constexpr int kQuads = kSteps % kQuadsOfChunk<T> == 0 ? kQuadsOfChunk<T> : 1;
+  constexpr int kQuads = Right::kColumnQuads, kAccesses = K / C::S::kStep / kQuads;
+  constexpr int kTogether = C::kTilesN % 4 == 0 ? 4 : C::kTilesN % 3 == 0 ? 3 : 2;  // tiles: 16 registers of operands
+  static_assert(C::kTilesN % kTogether == 0 || C::kTilesN == 1);
   FA_UNROLL
-  for (int step = 0; step < kSteps; step += kQuads) {
-    Quad<T> b[C::kTilesN][kQuads];
+  for (int access = 0; access < kAccesses; ++access) {
     FA_UNROLL
-    for (int n = 0; n < C::kTilesN; ++n) right.template column_quads<C::kTile>(C::first_col() + n * C::kTile, step, b[n]);
-    FA_UNROLL
-    for (int q = 0; q < kQuads; ++q) {
-      multiply_step<T>(c, [&](int m) { return left(m, step + q); }, [&](int n) { return b[n][q]; });
+    for (int first = 0; first < C::kTilesN; first += kTogether) {
+      constexpr int kTiles = C::kTilesN < kTogether ? C::kTilesN : kTogether;
+      Quad<T> b[kTiles][kQuads];
+      FA_UNROLL
+      for (int n = 0; n < kTiles; ++n) {
+        right.template column_quads<C::kTile>(C::first_col() + (first + n) * C::kTile, access, b[n]);
+      }
+      FA_UNROLL
+      for (int q = 0; q < kQuads; ++q) {
+        const int step = Right::template column_step<C::kTile>(access, q);
+        FA_UNROLL
+        for (int m = 0; m < C::kTilesM; ++m) {
+          FA_UNROLL
+          for (int n = 0; n < kTiles; ++n) multiply_tile<T>(c, m, first + n, left(m, step), b[n][q]);
+        }
+      }
     }
   }
 }

@@ -15,7 +15,7 @@ struct Swizzle {
   static_assert(LINE_CHUNKS % 4 == 0 || LINE_CHUNKS == 2);
   // Bits by which line `line` permutes its chunks. Where a line is no multiple of 128 bytes, neighbours in the same
   // 128 bytes already differ in their position.
-  static FA_HOST_DEVICE int key(int line) {
+  static FA_HOST_DEVICE constexpr int key(int line) {
     if (LINE_CHUNKS % 8 == 0) return line % 8;
     return LINE_CHUNKS % 4 == 0 ? line / 2 % 4 : line / 4 % 2;
   }
@@ -40,28 +40,36 @@ struct StraightLayout {
     const int lane_part = row * (kChunks * 16) + (S::group() ^ Swizzle<kChunks>::key(row)) * 16;
     return (lane_part ^ (first % kPeriod * 16)) + row0 * (kChunks * 16) + first / kPeriod * (kPeriod * 16);
   }
+
+  // Of fp32 element i of the quad with k along the rows that this lane needs: step `step`, columns col0..col0 + TILE - 1.
+  template <int TILE>
+  static FA_DEVICE int lane_element_offset(int step, int i, int col0) {
+    static_assert(sizeof(T) == 4 && kPeriod == 8);
+    using S = Shape<TILE>;
+    const int row = 4 * S::group(), chunk = col0 / 4;
+    const int lane_part =
+        row * (kChunks * 16) + (S::lane_row() / 4 ^ Swizzle<kChunks>::key(row)) * 16 + S::lane_row() % 4 * 4;
+    return (lane_part ^ ((chunk % 8 ^ i) * 16)) + (S::kStep * step + i) * (kChunks * 16) + chunk / 8 * 128;
+  }
 };
 
-// Columns of ROWS 16-bit elements. Within the k of two steps the rows are ordered so that a lane finds its two quads
-// side by side.
-template <int ROWS, int TILE>
+// Columns of ROWS 16-bit elements. Of every 32 rows, those that are 16 apart lie side by side in fours, so that a lane finds
+// two of its quads in one chunk, whichever the shape of the matrix instruction: see step_of().
+template <int ROWS>
 struct TransposedLayout {
-  using S = Shape<TILE>;
   static constexpr int kChunks = ROWS * 2 / 16;
-  static constexpr bool kPaired = ROWS % (2 * S::kStep) == 0;
+  static constexpr bool kPaired = ROWS % 32 == 0;
   static constexpr int kPeriod = kChunks % 8 == 0 ? 8 : kChunks % 4 == 0 ? 4 : 2;
 
-  // The columns of eight that one thread writes differ in col / 8 from lane to lane, so both take part.
-  static FA_HOST_DEVICE int key(int col) {
+  // The eight columns that one thread writes differ in col / 8 from lane to lane, so both parts count.
+  static FA_HOST_DEVICE constexpr int key(int col) {
     if (kChunks % 8 == 0) return (col ^ (col / 8)) % 8;
     return kChunks % 4 == 0 ? (col / 2 ^ col / 8) % 4 : (col / 4 ^ col / 8) % 2;
   }
 
   // Position of a row within its column.
-  static FA_HOST_DEVICE int position(int row) {
-    if (!kPaired) return row;
-    const int pair = row / (2 * S::kStep), step = row / S::kStep % 2, group = row / 4 % S::kGroups;
-    return pair * (2 * S::kStep) + group * 8 + step * 4 + row % 4;
+  static FA_HOST_DEVICE constexpr int position(int row) {
+    return kPaired ? row / 32 * 32 + row / 4 % 4 * 8 + row / 16 % 2 * 4 + row % 4 : row;
   }
 
   static FA_HOST_DEVICE int quad_offset(int col, int row) {
@@ -69,10 +77,20 @@ struct TransposedLayout {
     return col * (ROWS * 2) + ((at / 8) ^ key(col)) * 16 + at % 8 * 2;
   }
 
+  // Which step of k quad q (0 or 1) of a lane's chunk `pair` belongs to.
+  template <int TILE>
+  static FA_HOST_DEVICE constexpr int step_of(int pair, int q) {
+    return TILE == 32 ? pair / 2 * 4 + pair % 2 + 2 * q : 2 * pair + q;
+  }
+
+  // From the offset of a column that is a multiple of 8 to that of the c-th from it.
+  static FA_HOST_DEVICE int next_column(int offset, int c) { return (offset ^ (key(c) * 16)) + c * (ROWS * 2); }
+
   // As in StraightLayout; col0 is a multiple of 16.
-  template <int LANE_TILE>
-  static FA_DEVICE int lane_offset(int col0, int g) {
-    const int col = S::lane_row(), first = S::kGroups * g;
+  template <int TILE>
+  static FA_DEVICE int lane_offset(int col0, int pair) {
+    using S = Shape<TILE>;
+    const int col = S::lane_row(), first = S::kGroups * pair;
     const int lane_part = col * (ROWS * 2) + (S::group() ^ key(col)) * 16;
     return (lane_part ^ ((first % kPeriod ^ key(col0)) * 16)) + col0 * (ROWS * 2) + first / kPeriod * (kPeriod * 16);
   }

@@ -48,11 +48,10 @@ class SharedTile {
       for (int i = 0; i < kIterations; ++i) {
         const Unit where(i);
         if (!where.exists()) break;
+        // A loop would keep a register for each of the eight columns' addresses.
+        const int offset = unhoisted(Transposed::quad_offset(where.col, where.uniform_row + where.row));
         FA_UNROLL
-        for (int word = 0; word < 4; ++word) {
-          write_columns(where, 2 * word, i, [](const Chunk<T>& x, const Chunk<T>& y, int w) { return pack_low(word_of(x, w), word_of(y, w)); });
-          write_columns(where, 2 * word + 1, i, [](const Chunk<T>& x, const Chunk<T>& y, int w) { return pack_high(word_of(x, w), word_of(y, w)); });
-        }
+        for (int c = 0; c < 8; ++c) write_column(transposed_ + Transposed::next_column(offset, c), staged_ + i * kUnitRows, c);
       }
     }
   }
@@ -64,23 +63,27 @@ class SharedTile {
     return at<Chunk<T>>(straight_ + Straight::template lane_offset<TILE>(row, g));
   }
 
-  // Quads of column `col`, k along the rows: step `first` and, in a 16-byte access, the next.
-  template <int TILE, int QUADS>
-  FA_DEVICE void column_quads(int col, int first, Quad<T> (&quads)[QUADS]) const {
-    static_assert((USES & (kKM | kKN)) != 0 && (sizeof(T) == 4 || TILE == kTile));
+  // Quads of column `col`, k along the rows, for one access: column_step<TILE>(access, q) is the step of k of quad q.
+  static constexpr int kColumnQuads = sizeof(T) == 2 && ROWS % 32 == 0 ? 2 : 1;
+  template <int TILE>
+  static constexpr int column_step(int access, int q) {
+    return kColumnQuads == 2 ? Transposed::template step_of<TILE>(access, q) : access;
+  }
+  template <int TILE>
+  FA_DEVICE void column_quads(int col, int access, Quad<T> (&quads)[kColumnQuads]) const {
+    static_assert((USES & (kKM | kKN)) != 0);
     using S = Shape<TILE>;
     if constexpr (sizeof(T) == 4) {
       FA_UNROLL
       for (int i = 0; i < 4; ++i) {
-        const int k = S::kStep * first + 4 * S::group() + i, c = col + S::lane_row();
-        quads[0][i] = at<float>(straight_ + Straight::offset(k, c / 4) + c % 4 * 4);
+        quads[0][i] = at<float>(straight_ + Straight::template lane_element_offset<TILE>(access, i, col));
       }
-    } else if constexpr (QUADS == 2) {
-      const auto chunk = at<Chunk<T>>(transposed_ + Transposed::template lane_offset<TILE>(col, first / 2));
+    } else if constexpr (kColumnQuads == 2) {
+      const auto chunk = at<Chunk<T>>(transposed_ + Transposed::template lane_offset<TILE>(col, access));
       quads[0] = chunk.lo;
       quads[1] = chunk.hi;
     } else {
-      quads[0] = at<Quad<T>>(transposed_ + Transposed::quad_offset(col + S::lane_row(), S::kStep * first + 4 * S::group()));
+      quads[0] = at<Quad<T>>(transposed_ + Transposed::quad_offset(col + S::lane_row(), S::kStep * access + 4 * S::group()));
     }
   }
 
@@ -111,9 +114,8 @@ class SharedTile {
 
   static constexpr int kElements = kChunkElements<T>;
   static constexpr int kThreads = WARPS * kLanes;
-  static constexpr int kTile = tile_for(ROWS);
   using Straight = StraightLayout<T, COLS>;
-  using Transposed = TransposedLayout<ROWS, kTile>;
+  using Transposed = TransposedLayout<ROWS>;
   using Unit = LoadUnit<ROWS, COLS, kElements, kThreads, kTransposed>;
   static constexpr int kUnitRows = Unit::kRows, kIterations = Unit::kIterations;
 
@@ -130,18 +132,16 @@ class SharedTile {
     }
   }
 
-  static FA_DEVICE uint32_t word_of(const Chunk<T>& x, int w) { return __builtin_bit_cast(Words, x)[w]; }
-
-  // Column where.col + c of the unit's rows, packed by `pack` from pairs of rows.
-  template <class F>
-  FA_DEVICE void write_columns(const Unit& where, int c, int i, F&& pack) {
-    const SharedPointer to = transposed_ + Transposed::quad_offset(where.col + c, where.uniform_row + where.row);
-    const Chunk<T>* x = staged_ + i * kUnitRows;
+  // Column c of the rows x, packed.
+  static FA_DEVICE void write_column(SharedPointer to, const Chunk<T>* x, int c) {
+    const auto pack = [c](const Chunk<T>& upper, const Chunk<T>& lower) {
+      const uint32_t a = __builtin_bit_cast(Words, upper)[c / 2], b = __builtin_bit_cast(Words, lower)[c / 2];
+      return c % 2 == 0 ? pack_low(a, b) : pack_high(a, b);
+    };
     if constexpr (kUnitRows == 4) {
-      at<Vector<uint32_t, 2>>(to) =
-          Vector<uint32_t, 2>{pack(x[0], x[1], c / 2), pack(x[2], x[3], c / 2)};
+      at<Vector<uint32_t, 2>>(to) = Vector<uint32_t, 2>{pack(x[0], x[1]), pack(x[2], x[3])};
     } else {
-      at<uint32_t>(to) = pack(x[0], x[1], c / 2);
+      at<uint32_t>(to) = pack(x[0], x[1]);
     }
   }
 

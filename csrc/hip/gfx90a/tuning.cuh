@@ -14,10 +14,12 @@ struct Tuning;
 
 template <class T, int D, bool MODIFIED>
 struct Tuning<Kernel::kForward, T, D, MODIFIED> {
+  static constexpr int kRowBytes = D * int(sizeof(T));
+  static constexpr int kWaveRows = kRowBytes <= 384 && D <= 128 ? 32 : 16;  // output, its stash and Q of one row: 10 D bytes
   static constexpr int kWarps = 4;
-  static constexpr int kBlockM = 128;  // 32 rows a wave
-  static constexpr int kBlockN = sizeof(T) == 2 && D <= 128 ? 64 : 32;
-  static constexpr int kMinBlocks = D * int(sizeof(T)) <= 256 ? 2 : 1;
+  static constexpr int kBlockM = kWarps * kWaveRows;
+  static constexpr int kBlockN = kRowBytes <= 256 ? 64 : kRowBytes <= 512 ? 32 : 16;  // K and V: 32 KiB, two blocks a unit
+  static constexpr int kMinBlocks = 2;
 };
 
 template <class T, int D, bool MODIFIED>

@@ -1,0 +1,152 @@
+"""flash_attn_with_kvcache against keys and values concatenated by hand."""
+
+import pytest
+import torch
+from helpers import random_qkv
+
+from flash_attn import flash_attn_func, flash_attn_with_kvcache
+from flash_attn.flash_attn_interface import flash_attn_gpu
+from flash_attn.layers.rotary import apply_rotary_emb
+
+LENGTHS = [5, 0, 23]  # keys in the cache before the call
+CAPACITY = 40
+
+
+def cache_and_step(device, dtype, new=3, rows=3):
+    """A cache with garbage behind its end, and q, k, v of one step."""
+    k_cache, v_cache = (torch.randn(rows, CAPACITY, 2, 32).to(device, dtype) for _ in range(2))
+    q, k, v = random_qkv(device, dtype, 3, new, heads_kv=2)
+    return k_cache, v_cache, q, k, v
+
+
+def lengths_tensor(device, lengths=LENGTHS):
+    return torch.tensor(lengths, dtype=torch.int32, device=device)
+
+
+def by_hand(q, k_cache, v_cache, k, v, lengths=LENGTHS, rows=(0, 1, 2), skip=(0, 0, 0), **arguments):
+    """Each sequence alone, with its keys concatenated."""
+    outs = []
+    for b, (length, row) in enumerate(zip(lengths, rows, strict=True)):
+        keys = torch.cat([k_cache[row, skip[b] : length], k[b]])[None]
+        values = torch.cat([v_cache[row, skip[b] : length], v[b]])[None]
+        outs.append(flash_attn_func(q[b : b + 1], keys, values, **arguments))
+    return torch.cat(outs)
+
+
+@pytest.mark.parametrize("arguments", [{"causal": True}, {}, {"causal": True, "window_size": (4, 4), "softcap": 2.0}])
+def test_append_and_attend(device, dtype, arguments):
+    k_cache, v_cache, q, k, v = cache_and_step(device, dtype)
+    expected = by_hand(q, k_cache, v_cache, k, v, **arguments)
+    before = k_cache.clone(), v_cache.clone()
+    used = lengths_tensor(device)
+    out, lse = flash_attn_with_kvcache(
+        q, k_cache, v_cache, k, v, cache_seqlens=used, return_softmax_lse=True, **arguments
+    )
+    assert torch.equal(out, expected) and lse.shape == (3, 4, 3)
+    for cache, old, new in zip((k_cache, v_cache), before, (k, v), strict=True):
+        for b, n in enumerate(LENGTHS):
+            assert torch.equal(cache[b, n : n + 3], new[b])
+            assert torch.equal(cache[b, :n], old[b, :n]) and torch.equal(cache[b, n + 3 :], old[b, n + 3 :])
+
+
+def test_one_length_for_all_and_the_whole_cache(device):
+    k_cache, v_cache, q, _, _ = cache_and_step(device, torch.float32)
+    out = flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=11, causal=True)
+    assert torch.equal(out, flash_attn_func(q, k_cache[:, :11], v_cache[:, :11], causal=True))
+    assert torch.equal(flash_attn_with_kvcache(q, k_cache, v_cache), flash_attn_func(q, k_cache, v_cache))
+
+
+def test_cache_rows(device):
+    k_cache, v_cache, q, k, v = cache_and_step(device, torch.float32, rows=6)
+    rows = [4, 0, 5]
+    expected = by_hand(q, k_cache, v_cache, k, v, rows=rows, causal=True)
+    index = lengths_tensor(device, rows)
+    out = flash_attn_with_kvcache(
+        q, k_cache, v_cache, k, v, cache_seqlens=lengths_tensor(device), cache_batch_idx=index, causal=True
+    )
+    assert torch.equal(out, expected)
+    assert torch.equal(k_cache[4, 5:8], k[0])
+
+
+def test_left_padding(device):
+    k_cache, v_cache, q, k, v = cache_and_step(device, torch.float32)
+    skip = [2, 0, 20]
+    expected = by_hand(q, k_cache, v_cache, k, v, skip=skip, causal=True)
+    k_cache[0, :2], k_cache[2, :20] = torch.nan, torch.nan
+    used, leftpad = lengths_tensor(device), lengths_tensor(device, skip)
+    out = flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=used, cache_leftpad=leftpad, causal=True)
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("page_size", [1, 8, 16])
+def test_pages(device, page_size):
+    """Writes land in the right pages, the others stay, and the answer is that of a contiguous cache."""
+    k_cache, v_cache, q, k, v = cache_and_step(device, torch.float32)
+    pages = -(-CAPACITY // page_size)
+    table = torch.randperm(3 * pages).view(3, pages)
+    room = pages * page_size - CAPACITY
+    paged = []
+    for cache in (k_cache, v_cache):
+        wide = torch.nn.functional.pad(cache, (0, 0, 0, 0, 0, room))
+        pool = torch.empty(3 * pages, page_size, 2, 32, device=device)
+        pool[table.flatten().to(device)] = wide.reshape(3 * pages, page_size, 2, 32)
+        paged.append(pool)
+    settings = {"cache_seqlens": lengths_tensor(device), "causal": True}
+    expected = flash_attn_with_kvcache(q, k_cache, v_cache, k, v, **settings)
+    table_on_device = table.int().to(device)
+    out = flash_attn_with_kvcache(q, *paged, k, v, **settings, block_table=table_on_device)
+    assert torch.equal(out, expected)
+    for pool, cache in zip(paged, (k_cache, v_cache), strict=True):
+        gathered = pool[table.to(device)].flatten(1, 2)[:, :CAPACITY]
+        assert torch.equal(gathered, cache)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_rotary(device, interleaved, causal):
+    k_cache, v_cache, q, k, v = cache_and_step(device, torch.float32)
+    angle = torch.rand(CAPACITY, 8) * 6.0
+    cos, sin = angle.cos().to(device), angle.sin().to(device)
+    used = lengths_tensor(device)
+    k_turned = apply_rotary_emb(k, cos, sin, interleaved, seqlen_offsets=used)
+    if causal:
+        q_turned = apply_rotary_emb(q, cos, sin, interleaved, seqlen_offsets=used)
+    else:  # every query stands at the first new position
+        columns = [apply_rotary_emb(q[:, i : i + 1], cos, sin, interleaved, seqlen_offsets=used) for i in range(3)]
+        q_turned = torch.cat(columns, 1)
+    expected = by_hand(q_turned, k_cache, v_cache, k_turned, v, causal=causal)
+    out = flash_attn_with_kvcache(
+        q, k_cache, v_cache, k, v, cos, sin, cache_seqlens=used, causal=causal, rotary_interleaved=interleaved
+    )
+    assert torch.equal(out, expected)
+    assert torch.equal(k_cache[2, 23:26], k_turned[2])
+
+
+def test_alibi_counts_from_the_end(device):
+    k_cache, v_cache, q, k, v = cache_and_step(device, torch.float32)
+    slopes = torch.rand(4, device=device)
+    expected = by_hand(q, k_cache, v_cache, k, v, alibi_slopes=slopes, causal=True)
+    used = lengths_tensor(device)
+    out = flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=used, alibi_slopes=slopes, causal=True)
+    assert torch.equal(out, expected)
+
+
+def test_strided_cache(device):
+    """k and v in one tensor, as modules keep them: written and read through views."""
+    both = torch.randn(3, CAPACITY, 2, 2, 32, device=device)
+    q, k, v = random_qkv(device, torch.float32, 3, 2, heads_kv=2)
+    expected = by_hand(q, both[:, :, 0].clone(), both[:, :, 1].clone(), k, v, causal=True)
+    settings = {"cache_seqlens": lengths_tensor(device), "causal": True}
+    assert torch.equal(flash_attn_with_kvcache(q, both[:, :, 0], both[:, :, 1], k, v, **settings), expected)
+    assert torch.equal(both[0, 5:7, 1], v[0])
+
+
+def test_compiled_module_signature(device):
+    k_cache, v_cache, q, k, v = cache_and_step(device, torch.float32)
+    expected = by_hand(q, k_cache, v_cache, k, v, causal=True, softmax_scale=0.3)
+    used = lengths_tensor(device)
+    place = torch.empty_like(q)
+    out, lse = flash_attn_gpu.fwd_kvcache(
+        q, k_cache, v_cache, k, v, used, None, None, None, None, None, None, place, 0.3, True, -1, -1, 0.0, True, 0
+    )
+    assert out is place and torch.equal(out, expected) and lse.shape == (3, 4, 3)
