@@ -70,7 +70,7 @@ format: $(READY)
 # Hipifies csrc/cuda and compiles every kernel for gfx90a; needs hipcc, neither a ROCm torch nor a GPU.
 hip: $(READY)
 	@command -v ninja >/dev/null || $(PY) -c 'import ninja' 2>/dev/null || $(PY) -m pip install --quiet ninja
-	FLASH_ATTENTION_BACKEND=hip $(PY) -m tools.build --no-install
+	FLASH_ATTENTION_BACKEND=hip FLASH_ATTENTION_ARCHS="gfx90a;generic" $(PY) -m tools.build --no-install
 
 test-hip: hip
 	$(call need,pytest hypothesis numpy)

@@ -197,7 +197,8 @@ def _visible_cache(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Keys and values [batch, seqlen_k, heads_kv, dim] and how many of them are in use; the cache itself if it can."""
     if block_table is not None:
-        k_cache, v_cache = (prepare.gather_pages(c, block_table, block_table.shape[1]) for c in (k_cache, v_cache))
+        capacity = block_table.shape[1] * k_cache.shape[1]
+        k_cache, v_cache = (prepare.gather_pages(cache, block_table, capacity) for cache in (k_cache, v_cache))
     if cache_leftpad is None:
         if cache_batch_idx is not None:
             k_cache, v_cache = k_cache.index_select(0, rows), v_cache.index_select(0, rows)

@@ -77,21 +77,15 @@ def rng_state(device: torch.device, generator: torch.Generator | None = None) ->
     return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=device, generator=generator)
 
 
-def gather_pages(cache: Tensor, block_table: Tensor, pages: int) -> Tensor:
-    """The first `pages` pages of every sequence side by side: [batch, pages * page_size, heads, dim], a copy.
+def gather_pages(cache: Tensor, block_table: Tensor, seqlen: int) -> Tensor:
+    """The first `seqlen` rows of every sequence, out of its pages: [batch, seqlen, heads, dim], a copy.
 
-    cache is [num_blocks, page_size, heads, dim], block_table [batch, at least pages]. Entries behind a sequence's end
-    may hold anything; they are clamped into range, and the kernel never looks at what they bring.
+    cache is [num_blocks, page_size, heads, dim], block_table [batch, pages] with pages enough. Entries behind a
+    sequence's end may hold anything; they are clamped into range, and the kernel never looks at what they bring.
     """
-    num_blocks, page_size = cache.shape[0], cache.shape[1]
-    batch = block_table.shape[0]
-    index = block_table[:, :pages].clamp(0, max(num_blocks - 1, 0)).reshape(-1).long()
-    return cache.index_select(0, index).view(batch, pages * page_size, *cache.shape[2:])
-
-
-def pages_needed(seqlen: int, page_size: int) -> int:
-    """Pages that hold `seqlen` keys."""
-    return (seqlen + page_size - 1) // page_size
+    position = torch.arange(seqlen, device=cache.device)
+    page = block_table.long().clamp(0, cache.shape[0] - 1)[:, position // cache.shape[1]]
+    return cache[page, position % cache.shape[1]]
 
 
 def check_block_table(block_table: Any, k: Tensor, batch: int, lengths: Tensor | None, longest: int) -> Tensor:
@@ -105,7 +99,7 @@ def check_block_table(block_table: Any, k: Tensor, batch: int, lengths: Tensor |
         check.fail("block_table", f"batch must be {batch}", block_table.shape[0], "one row for each sequence")
     page_size = k.shape[1]
     if longest > block_table.shape[1] * page_size:
-        wanted = f"must have pages for {longest} keys, {pages_needed(longest, max(page_size, 1))} pages of {page_size}"
+        wanted = f"must have pages for {longest} keys, {-(-longest // page_size)} pages of {page_size}"
         check.fail("block_table", wanted, f"{block_table.shape[1]} pages", "add columns")
     if lengths is not None and check.values_are_readable(block_table):
         first_key = torch.arange(block_table.shape[1], device=block_table.device) * page_size
@@ -160,8 +154,6 @@ def sequences(
     # Every sequence gets room for the longest, so that no length need be read back.
     lengths = cu_seqlens_k.diff() if seqused_k is None else seqused_k
     block_table = check_block_table(block_table, k, batch, lengths, max_seqlen_k)
-    pages = pages_needed(max_seqlen_k, k.shape[1])
-    room = pages * k.shape[1]
-    k, v = (gather_pages(cache, block_table, pages).flatten(0, 1) for cache in (k, v))
-    starts = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * room
+    k, v = (gather_pages(cache, block_table, max_seqlen_k).flatten(0, 1) for cache in (k, v))
+    starts = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * max_seqlen_k
     return k, v, Sequences(cu_seqlens_q, starts, lengths)

@@ -8,7 +8,7 @@ from flash_attn import modes
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`device` runs over the backends; `dtype` over the float types that kernels exist for (float64 on the CPU only)."""
+    """`device` runs over the backends, `dtype` over the float types that kernels exist for there."""
     names = metafunc.fixturenames
     if "device" in names and "dtype" in names:
         pairs = [(device, dtype) for device in DEVICES for dtype in FLOAT_DTYPES[device]]

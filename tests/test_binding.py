@@ -112,7 +112,7 @@ class TestRefusals:
             ({"alibi_slopes": torch.ones(4, 2).T}, r"^alibi_slopes: must be contiguous"),
             ({"alibi_slopes": torch.ones(4).double()}, r"^alibi_slopes: dtype must be float32"),
             ({"sink": torch.ones(2)}, r"^sink: shape must be \[4\]"),
-            ({"sink": torch.ones(4, device="meta")}, r"^sink|meta"),
+            ({"sink": torch.ones(4).double()}, r"^sink: dtype must be float32, got float64"),
             ({"dropout_p": 0.5}, r"^rng_state: must be given exactly when dropout_p > 0, got None"),
             ({"rng_state": torch.zeros(2, dtype=torch.int64)}, r"^rng_state: .*got a tensor"),
             ({"dropout_p": 1.0, "rng_state": torch.zeros(2, dtype=torch.int64)}, r"^dropout_p: .*below 1"),
@@ -125,7 +125,7 @@ class TestRefusals:
         ],
     )
     def test_the_rest(self, changes, message):
-        with pytest.raises((ValueError, RuntimeError), match=message):
+        with pytest.raises(ValueError, match=message):
             attend(*inputs("cpu"), **changes)
 
     @pytest.mark.parametrize(

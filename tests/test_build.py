@@ -138,8 +138,12 @@ class TestInstances:
                 assert machine.header in file.text and not any(header in file.text for header in others)
 
     def test_float64_is_the_hosts(self):
-        for machine in instances.MACHINES:
-            assert ("fp64" in machine.dtypes) == (machine.backend == "cpu")
+        assert {machine.backend for machine in instances.MACHINES if "fp64" in machine.dtypes} == {"cpu"}
+
+    def test_every_processor_runs_every_dtype(self):
+        for processor in ("x86_64", "aarch64"):
+            (generic,) = (m for m in instances.machines(make_config(), "cpu", processor) if m.name == "generic")
+            assert generic.dtypes == config.DTYPES and generic.head_dims[-1] == 256 and not generic.flags
 
     def test_subset(self):
         small = make_config(subset={"bf16": (64,)})

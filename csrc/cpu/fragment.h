@@ -73,15 +73,31 @@ class Accumulator {
   }
 
   FA_INLINE void max_rows(Rows<S, ROWS>& rows) const {
-    for_each([&](int slot, int, int, int reg) {
-      rows[slot] = values_[reg] > rows[slot] ? values_[reg] : rows[slot];  // passes over NaN
-    });
+    reduce_rows(rows, [](Vector<S> most, Vector<S> x) { return x > most ? x : most; });  // passes over NaN
   }
   FA_INLINE void sum_rows(Rows<S, ROWS>& rows) const {
-    for_each([&](int slot, int, int, int reg) { rows[slot] += values_[reg]; });
+    reduce_rows(rows, [](Vector<S> sum, Vector<S> x) { return sum + x; });
   }
 
  private:
+  // Columns in ascending order; four vectors of rows at a time cover the latency.
+  template <class F>
+  FA_INLINE void reduce_rows(Rows<S, ROWS>& rows, F&& f) const {
+    static_assert(!kRowMajor, "a line is a column");
+    constexpr int kWidth = kLanes<S>, kAtOnce = ROWS % (4 * kWidth) == 0 ? 4 : 1;
+    for (int row = 0; row < ROWS; row += kAtOnce * kWidth) {
+      Vector<S> sums[kAtOnce];
+      FA_UNROLL_FULLY
+      for (int v = 0; v < kAtOnce; ++v) sums[v] = load(&rows[row + v * kWidth]);
+      for (int col = 0; col < COLS; ++col) {
+        FA_UNROLL_FULLY
+        for (int v = 0; v < kAtOnce; ++v) sums[v] = f(sums[v], load(values_ + col * ROWS + row + v * kWidth));
+      }
+      FA_UNROLL_FULLY
+      for (int v = 0; v < kAtOnce; ++v) store(&rows[row + v * kWidth], sums[v]);
+    }
+  }
+
   alignas(64) S values_[kCount];
 };
 

@@ -83,7 +83,7 @@ def flash_attention_forward(
 
 def _empty_state(q_i: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Line 5: row max -inf, row sum 0, output 0."""
-    column = q_i.shape[:-1] + (1,)
+    column = (*q_i.shape[:-1], 1)
     return q_i.new_full(column, -torch.inf), q_i.new_zeros(column), torch.zeros_like(q_i)
 
 

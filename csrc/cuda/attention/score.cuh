@@ -17,7 +17,7 @@ class ScoreModifier {
   }
 
   // The factor left for the softmax.
-  FA_DEVICE Scalar scale_log2() const { return MODIFIED ? Scalar(1) : scale_ * Scalar(kLog2E); }
+  FA_DEVICE Scalar scale_log2() const { return MODIFIED ? Scalar(1) : uniform(scale_ * Scalar(kLog2E)); }
 
   // Raw score of (query, key) to log2 units.
   FA_DEVICE Scalar apply(Scalar raw, int query, int key) const {

@@ -78,15 +78,19 @@ struct Forward {
   Scalar* const stashed_rows;
 
   static FA_DEVICE void run(const Params& p, int64_t block, char* shared) {
-    const Work work(p, uint32_t(block));
-    const Sequence seq(p, work.batch);
-    if (work.query_begin < seq.len_q) Forward(p, work, seq, shared).attend();
+    Forward self(p, uint32_t(block), shared);
+    if (self.work.query_begin >= self.seq.len_q) return;
+    Output output;
+    OnlineSoftmax<Scalar, Rows> softmax;
+    self.attend(output, softmax);
+    // Worked out again rather than held across the loop: registers are full.
+    Forward(p, uint32_t(unhoisted(int(block))), shared).write(output, softmax);
   }
 
-  FA_DEVICE Forward(const Params& p, const Work& work, const Sequence& seq, char* shared)
+  FA_DEVICE Forward(const Params& p, uint32_t block, char* shared)
       : p(p),
-        work(work),
-        seq(seq),
+        work(p, block),
+        seq(p, work.batch),
         mask(p, seq),
         modifier(p, work.batch, work.head, mask.shift),
         dropout(p, work.batch, work.head),
@@ -125,13 +129,22 @@ struct Forward {
     }
   }
 
-  FA_DEVICE void attend() {
-    int begin = mask.keys_begin(work.query_begin) / kN * kN;
-    int end = mask.keys_end(min_int(work.query_begin + kM, seq.len_q));
+  // Keys [begin, end) of this block; begin a multiple of kN.
+  struct Keys {
+    int begin, end;
+  };
+  FA_DEVICE Keys keys() const {
+    Keys keys{mask.keys_begin(work.query_begin) / kN * kN, mask.keys_end(min_int(work.query_begin + kM, seq.len_q))};
     if (p.num_splits > 1) {
-      begin = max_int(begin, work.split * p.split_size);
-      end = int(end < int64_t(work.split + 1) * p.split_size ? end : (work.split + 1) * p.split_size);
+      keys.begin = max_int(keys.begin, work.split * p.split_size);
+      if (keys.end > int64_t(work.split + 1) * p.split_size) keys.end = (work.split + 1) * p.split_size;
     }
+    return keys;
+  }
+
+  // Leaves the unnormalised output, and the softmax finished.
+  FA_DEVICE void attend(Output& output, OnlineSoftmax<Scalar, Rows>& softmax) {
+    const int begin = keys().begin, end = keys().end;
     const bool several_chunks =
         p.split_size > 0 && p.num_splits == 1 && begin < end && begin / p.split_size != (end - 1) / p.split_size;
 
@@ -142,8 +155,6 @@ struct Forward {
       A::commit();
     }
 
-    OnlineSoftmax<Scalar, Rows> softmax;
-    Output output;
     softmax.clear();
     output.fill(Scalar(0));
     if (several_chunks) clear_stash();
@@ -162,11 +173,6 @@ struct Forward {
       stash.take(output);
     } else {
       softmax.finish(modifier.scale_log2());
-    }
-    if (p.num_splits > 1) {
-      write_partial(output, softmax);
-    } else {
-      write(output, softmax, begin, end);
     }
   }
 
@@ -223,7 +229,8 @@ struct Forward {
     output.fill(Scalar(0));
   }
 
-  FA_DEVICE void write(Output& output, OnlineSoftmax<Scalar, Rows>& softmax, int begin, int end) {
+  FA_DEVICE void write(Output& output, OnlineSoftmax<Scalar, Rows>& softmax) {
+    if (p.num_splits > 1) return write_partial(output, softmax);
     const Scalar* sink = p.sink == nullptr ? nullptr : static_cast<const Scalar*>(p.sink) + work.head;
     Scalar* lse = head_rows<Scalar>(p.lse, work.batch, work.head, seq.first_q + work.query_begin);
     const Scalar kept = kModified && dropout.enabled() ? Scalar(1) / (Scalar(1) - Scalar(p.dropout_p)) : Scalar(1);
@@ -235,7 +242,7 @@ struct Forward {
       if (owner && row < rows()) lse[row] = result.lse;
     });
     Output::for_each([&](int slot, int, int, int reg) { output[reg] *= scale[slot]; });
-    if (kModified && p.s_dmask != nullptr) write_probabilities(softmax.sum, begin, end);
+    if (kModified && p.s_dmask != nullptr) write_probabilities(softmax.sum);
 
     T* out = head_rows<T>(p.out, work.batch, work.head, seq.first_q + work.query_begin);
     A::sync();  // the tile held Q
@@ -263,10 +270,10 @@ struct Forward {
   }
 
   // Probabilities relative to the final log-sum-exp, negative where dropped: a second pass over the keys.
-  FA_DEVICE void write_probabilities(Rows& lse, int begin, int end) {
+  FA_DEVICE void write_probabilities(Rows& lse) {
     T* dmask = static_cast<T*>(p.s_dmask) +
                ((int64_t(work.batch) * p.heads_q + work.head) * p.seqlen_q + work.query_begin) * p.seqlen_k;
-    for (int key = begin; key < end; key += kN) {
+    for (int key = keys().begin; key < keys().end; key += kN) {
       A::sync();  // the last block's keys are no longer read
       load_keys(key);
       A::commit();

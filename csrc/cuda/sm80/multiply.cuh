@@ -112,21 +112,21 @@ FA_DEVICE void multiply_nn(C& c, const Tile<T, M, K, THREADS>& a, const Tile<T, 
           a.load_mk(f, c.warp_row(), 16 * m, step);
         }
       },
-      [&](uint32_t(&f)[4], int pair, int step) { b.load_kn(f, c.warp_col(), 16 * pair, step); });
+      [&](uint32_t(&f)[4], int pair, int step) { b.template load_kn<C::kWarpCols>(f, c.warp_col(), 16 * pair, step); });
 }
 
 template <class T, class C, int M, int N, int K, int WARPS, int THREADS>
 FA_DEVICE void multiply_nn(C& c, const Operand<T, M, K, WARPS>& a, const Tile<T, K, N, THREADS>& b) {
   multiply_pipelined<T, K>(
       c, [&](uint32_t(&f)[4], int m, int step) { a.load(f, m, step); },
-      [&](uint32_t(&f)[4], int pair, int step) { b.load_kn(f, c.warp_col(), 16 * pair, step); });
+      [&](uint32_t(&f)[4], int pair, int step) { b.template load_kn<C::kWarpCols>(f, c.warp_col(), 16 * pair, step); });
 }
 
 template <class T, class C, int M, int N, int K, int THREADS>
 FA_DEVICE void multiply_tn(C& c, const Tile<T, K, M, THREADS>& a, const Tile<T, K, N, THREADS>& b) {
   multiply_pipelined<T, K>(
-      c, [&](uint32_t(&f)[4], int m, int step) { a.load_km(f, c.warp_row(), 16 * m, step); },
-      [&](uint32_t(&f)[4], int pair, int step) { b.load_kn(f, c.warp_col(), 16 * pair, step); });
+      c, [&](uint32_t(&f)[4], int m, int step) { a.template load_km<C::kWarpRows>(f, c.warp_row(), 16 * m, step); },
+      [&](uint32_t(&f)[4], int pair, int step) { b.template load_kn<C::kWarpCols>(f, c.warp_col(), 16 * pair, step); });
 }
 
 }  // namespace sm80

@@ -18,9 +18,10 @@ class Tile {
     if (aligned) {
       const int row0 = int(threadIdx.x / kLanes), chunk0 = int(threadIdx.x % kLanes);
       const uint32_t dst = offset(row0, chunk0);
-      const T* from = src + row0 * row_stride + chunk0 * kPerChunk;
+      const uint32_t lane_offset = (row0 * uint32_t(row_stride) + chunk0 * kPerChunk) * uint32_t(sizeof(T));
       FA_UNROLL
-      for (int pass = 0; pass < kPasses; ++pass, from += kRowsOfPass * row_stride) {  // one pointer: registers are dear
+      for (int pass = 0; pass < kPasses; ++pass, src += kRowsOfPass * row_stride) {  // src is uniform: no registers
+        const T* from = reinterpret_cast<const T*>(reinterpret_cast<const char*>(src) + lane_offset);
         const int row = row0 + pass * kRowsOfPass;
         if (ROWS % kRowsOfPass != 0 && row >= ROWS) break;
         FA_UNROLL
@@ -72,40 +73,40 @@ class Tile {
   }
 
   // ---- operands: one 16 x (16 or 8) left fragment, or two neighbouring n8 right fragments {b0, b1} {b2, b3}. Rows and
-  // columns are the warp's first (a multiple of 16) plus a constant, so that an address is one XOR with a constant away
-  // from one that does not change in the loop. --------------------------------------------------------------------------
+  // columns are the warp's first plus a constant below SPAN, the warp's extent, so that an address is one XOR with a
+  // constant away from one that does not change in the loop. -------------------------------------------------------------
 
   FA_DEVICE void load_mk(uint32_t (&a)[4], int warp_row, int row, int step) const {
     const uint32_t lane = lane_of_warp();
-    ldmatrix(a, at(warp_row + lane % 16, lane / 16, 0, 2 * step) + row * kRowBytes);
+    ldmatrix(a, at<COLS>(warp_row + lane % 16, lane / 16, 0, 2 * step) + row * kRowBytes);
   }
   FA_DEVICE void load_nk(uint32_t (&b)[4], int warp_row, int row, int step) const {
-    const uint32_t lane = lane_of_warp();
-    ldmatrix(b, at(warp_row + lane % 8 + lane / 16 * 8, lane / 8 % 2, 0, 2 * step) + row * kRowBytes);
+    ldmatrix(b, at<COLS>(warp_row + lane_row(), lane_low(), 0, 2 * step) + row * kRowBytes);
   }
+  template <int SPAN>
   FA_DEVICE void load_km(uint32_t (&a)[4], int warp_col, int col, int step) const {
-    const uint32_t lane = lane_of_warp();
     if constexpr (kIsFloat) {
-      load_transposed_float(a, warp_col, col, step);
+      load_transposed_float<SPAN>(a, warp_col, col, step);
     } else {
-      ldmatrix_transposed(a, at(lane % 8 + lane / 16 * 8, lane / 8 % 2, warp_col / 8, col / 8) + step * 16 * kRowBytes);
+      ldmatrix_transposed(a, at<SPAN>(lane_row(), lane_low(), warp_col / 8, col / 8) + step * 16 * kRowBytes);
     }
   }
+  template <int SPAN>
   FA_DEVICE void load_kn(uint32_t (&b)[4], int warp_col, int col, int step) const {
-    const uint32_t lane = lane_of_warp();
     if constexpr (kIsFloat) {
       uint32_t x[4];
-      load_transposed_float(x, warp_col, col, step);
+      load_km<SPAN>(x, warp_col, col, step);
       b[0] = x[0], b[1] = x[2], b[2] = x[1], b[3] = x[3];
     } else {
-      ldmatrix_transposed(b, at(lane % 16, lane / 16, warp_col / 8, col / 8) + step * 16 * kRowBytes);
+      const uint32_t lane = lane_of_warp();
+      ldmatrix_transposed(b, at<SPAN>(lane % 16, lane / 16, warp_col / 8, col / 8) + step * 16 * kRowBytes);
     }
   }
 
   // fp32: a left fragment in the order of k that load_kn has.
   FA_DEVICE void load_mk_interleaved(uint32_t (&a)[4], int warp_row, int row, int step) const {
     const uint32_t lane = lane_of_warp();
-    const uint32_t address = at(warp_row + lane / 4, lane / 2 % 2, 0, 2 * step) + row * kRowBytes + lane % 2 * 8;
+    const uint32_t address = at<COLS>(warp_row + lane / 4, lane / 2 % 2, 0, 2 * step) + row * kRowBytes + lane % 2 * 8;
     load_shared(a[0], a[2], address);
     load_shared(a[1], a[3], address + 8 * kRowBytes);
   }
@@ -145,6 +146,11 @@ class Tile {
     }
   }
 
+  // The row and the lower bit of the chunk that a lane gives to ldmatrix: the same for every operand, so that tiles share
+  // address registers. Matrices come as (rows 0-7, left), (rows 0-7, right), (rows 8-15, left), (rows 8-15, right).
+  static FA_DEVICE uint32_t lane_row() { return lane_of_warp() % 8 + lane_of_warp() / 16 * 8; }
+  static FA_DEVICE uint32_t lane_low() { return lane_of_warp() / 8 % 2; }
+
   // Unsigned, so that remainders are masks and constants come out of them.
   static FA_DEVICE uint32_t swizzle(uint32_t row) { return kRowBytes == 128 ? row % 8 : row / 2 % 4; }
   static FA_DEVICE uint32_t offset(uint32_t row, uint32_t chunk) {
@@ -157,12 +163,18 @@ class Tile {
     const uint32_t change = kRowBytes == 128 ? rows % 8 : rows / 2 % 4;
     return (first ^ (change * 16)) + rows * kRowBytes + group / kPanelChunks * kPanelBytes;
   }
-  // The address of offset(row, warp_chunk + chunk + low), for low in {0, 1} and even chunks that add without a carry out
-  // of a panel or from a constant known to the compiler.
+  // The address of offset(row, warp_chunk + chunk + low): low in {0, 1}, chunk even and constant.
+  template <int SPAN>
   FA_DEVICE uint32_t at(uint32_t row, uint32_t low, uint32_t warp_chunk, uint32_t chunk) const {
     const uint32_t lane_base = base_ + row * kRowBytes + (low ^ swizzle(row)) * 16;
-    const uint32_t all = warp_chunk + chunk;
-    return (lane_base ^ (all % kPanelChunks * 16)) + all / kPanelChunks * kPanelBytes;
+    if constexpr ((SPAN & (SPAN - 1)) == 0) {  // the two chunks have no bit in common: move by one, then by the other
+      return move(move(lane_base, warp_chunk), chunk);
+    } else {
+      return move(lane_base, warp_chunk + chunk);
+    }
+  }
+  static FA_DEVICE uint32_t move(uint32_t address, uint32_t chunk) {
+    return (address ^ (chunk % kPanelChunks * 16)) + chunk / kPanelChunks * kPanelBytes;
   }
 
   FA_DEVICE void put_pair(uint32_t row, uint32_t col, float low, float high) {
@@ -176,10 +188,11 @@ class Tile {
 
   // fp32 has no transposing ldmatrix: lane l reads rows 8*step + 2*(l%4) and the next (k = t and t + 4 in the order of
   // Operand<float>) at columns col + l/4 and col + 8 + l/4. The swizzle spreads the 32 lanes over all banks.
+  template <int SPAN>
   FA_DEVICE void load_transposed_float(uint32_t (&x)[4], int warp_col, int col, int step) const {
     const uint32_t lane = lane_of_warp(), within = lane / 4 % 4 * 4 + step * 8 * kRowBytes;
-    const uint32_t left = at(lane % 4 * 2, lane / 16, warp_col / 4, col / 4) + within;
-    const uint32_t right = at(lane % 4 * 2, lane / 16, warp_col / 4, col / 4 + 2) + within;
+    const uint32_t left = at<SPAN>(lane % 4 * 2, lane / 16, warp_col / 4, col / 4) + within;
+    const uint32_t right = at<SPAN>(lane % 4 * 2, lane / 16, warp_col / 4, col / 4 + 2) + within;
     x[0] = load_shared(left);
     x[1] = load_shared(right);
     x[2] = load_shared((left ^ 16) + kRowBytes);  // the next row swizzles with one bit more

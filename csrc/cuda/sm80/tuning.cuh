@@ -37,7 +37,7 @@ template <> struct TuningRow<Kernel::kForward, 2, 256> : ForwardTuning<64, 64, 4
 
 template <> struct TuningRow<Kernel::kBackward, 2, 32> : BackwardTuning<128, 128, 8, 4, 4, 4, 2> {};
 template <> struct TuningRow<Kernel::kBackward, 2, 64> : BackwardTuning<128, 128, 8, 4, 4, 4, 2> {};
-template <> struct TuningRow<Kernel::kBackward, 2, 96> : BackwardTuning<64, 128, 8, 2, 4, 2, 2> {};
+template <> struct TuningRow<Kernel::kBackward, 2, 96> : BackwardTuning<64, 128, 8, 2, 4, 4, 2> {};
 template <> struct TuningRow<Kernel::kBackward, 2, 128> : BackwardTuning<64, 128, 8, 2, 4, 2, 2> {};
 template <> struct TuningRow<Kernel::kBackward, 2, 192> : BackwardTuning<64, 64, 8, 4, 2, 2, 2> {};
 template <> struct TuningRow<Kernel::kBackward, 2, 256> : BackwardTuning<64, 64, 8, 4, 2, 2, 1> {};
@@ -52,7 +52,7 @@ template <> struct TuningRow<Kernel::kForward, 4, 256> : ForwardTuning<32, 32, 2
 
 template <> struct TuningRow<Kernel::kBackward, 4, 32> : BackwardTuning<64, 64, 8, 4, 4, 4, 2> {};
 template <> struct TuningRow<Kernel::kBackward, 4, 64> : BackwardTuning<64, 64, 8, 4, 4, 4, 2> {};
-template <> struct TuningRow<Kernel::kBackward, 4, 96> : BackwardTuning<64, 64, 8, 4, 2, 2, 1> {};
+template <> struct TuningRow<Kernel::kBackward, 4, 96> : BackwardTuning<64, 64, 8, 4, 4, 4, 1> {};
 template <> struct TuningRow<Kernel::kBackward, 4, 128> : BackwardTuning<64, 64, 8, 4, 2, 2, 1> {};
 template <> struct TuningRow<Kernel::kBackward, 4, 192> : BackwardTuning<32, 32, 4, 2, 2, 2, 1> {};
 template <> struct TuningRow<Kernel::kBackward, 4, 256> : BackwardTuning<32, 32, 4, 2, 2, 2, 1> {};

@@ -148,13 +148,13 @@ class Accumulator {
     static_assert(kLaneOwnsRow && kTile == Layout::kTile && kWarpsN == 1);
     FA_UNROLL
     for (int m = 0; m < kTilesM; ++m) {
-      Vector<float, 2> sums = {rows[m], 0.0f};  // two running sums: one packed addition for two elements
+      Vector<float, 2> sums = {tiles[m][0][0], tiles[m][0][1]};  // two at once: one packed addition for two elements
       FA_UNROLL
       for (int n = 0; n < kTilesN; ++n) {
         FA_UNROLL
-        for (int i = 0; i < S::kRegs; i += 2) sums += Vector<float, 2>{tiles[m][n][i], tiles[m][n][i + 1]};
+        for (int i = n == 0 ? 2 : 0; i < S::kRegs; i += 2) sums += Vector<float, 2>{tiles[m][n][i], tiles[m][n][i + 1]};
       }
-      rows[m] = sums.x + sums.y;
+      rows[m] += sums.x + sums.y;
     }
   }
 

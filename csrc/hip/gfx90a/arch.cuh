@@ -70,6 +70,7 @@ FA_DEVICE void multiply_products(C& c, Left&& left, const Right& right) {
   constexpr int kQuads = Right::kColumnQuads, kAccesses = K / C::S::kStep / kQuads;
   constexpr int kTogether = C::kTilesN % 4 == 0 ? 4 : C::kTilesN % 3 == 0 ? 3 : 2;  // tiles: 16 registers of operands
   static_assert(C::kTilesN % kTogether == 0 || C::kTilesN == 1);
+  const int lane_part = unhoisted(Right::template column_lane_part<C::kTile>());
   FA_UNROLL
   for (int access = 0; access < kAccesses; ++access) {
     FA_UNROLL
@@ -78,7 +79,7 @@ FA_DEVICE void multiply_products(C& c, Left&& left, const Right& right) {
       Quad<T> b[kTiles][kQuads];
       FA_UNROLL
       for (int n = 0; n < kTiles; ++n) {
-        right.template column_quads<C::kTile>(C::first_col() + (first + n) * C::kTile, access, b[n]);
+        right.template column_quads<C::kTile>(lane_part, C::first_col() + (first + n) * C::kTile, access, b[n]);
       }
       FA_UNROLL
       for (int q = 0; q < kQuads; ++q) {
@@ -123,9 +124,10 @@ struct Gfx90a::Block {
   static FA_DEVICE void multiply_nt(C& c, const gfx90a::OwnedTile<T, WARPS, M, K, USES_A>& a,
                                     const gfx90a::SharedTile<T, WARPS, N, K, USES_B>& b) {
     static_assert(C::kM == M && C::kN == N && C::kWarpsM == WARPS);
+    const int lane_part = unhoisted(b.template row_lane_part<C::kTile>());
     gfx90a::multiply_chunks<T, K>(
         c, [&](int m, int g) { return a.template row_chunk<C::kTile>(m, g); },
-        [&](int n, int g) { return b.template row_chunk<C::kTile>(C::first_col() + n * C::kTile, g); });
+        [&](int n, int g) { return b.template row_chunk<C::kTile>(lane_part, C::first_col() + n * C::kTile, g); });
   }
 
   // Q or dO in LDS times K or V (owned).
@@ -133,8 +135,9 @@ struct Gfx90a::Block {
   static FA_DEVICE void multiply_nt(C& c, const gfx90a::SharedTile<T, WARPS, M, K, USES_A>& a,
                                     const gfx90a::OwnedTile<T, WARPS, N, K, USES_B>& b) {
     static_assert(C::kM == M && C::kN == N && C::kWarpsN == WARPS);
+    const int lane_part = unhoisted(a.template row_lane_part<C::kTile>());
     gfx90a::multiply_chunks<T, K>(
-        c, [&](int m, int g) { return a.template row_chunk<C::kTile>(C::first_row() + m * C::kTile, g); },
+        c, [&](int m, int g) { return a.template row_chunk<C::kTile>(lane_part, C::first_row() + m * C::kTile, g); },
         [&](int n, int g) { return b.template row_chunk<C::kTile>(n, g); });
   }
 
@@ -151,8 +154,10 @@ struct Gfx90a::Block {
   static FA_DEVICE void multiply_nn(C& c, const gfx90a::ProductTile<T, WARPS, M, K, USES_A>& a,
                                     const gfx90a::OwnedTile<T, WARPS, K, N, USES_B>& b) {
     static_assert(C::kM == M && C::kN == N && C::kWarpsN == gfx90a::OwnedTile<T, WARPS, K, N, USES_B>::kColumnWaves);
+    const auto& shared = a.shared();
+    const int lane_part = unhoisted(shared.template row_lane_part<C::kTile>());
     gfx90a::multiply_chunks<T, K>(
-        c, [&](int m, int g) { return a.template row_chunk<C::kTile>(C::first_row() + m * C::kTile, g); },
+        c, [&](int m, int g) { return shared.template row_chunk<C::kTile>(lane_part, C::first_row() + m * C::kTile, g); },
         [&](int n, int g) { return b.template column_chunk<C::kTile>(n, g); });
   }
 

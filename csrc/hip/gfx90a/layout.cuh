@@ -31,25 +31,30 @@ struct StraightLayout {
     return row * (kChunks * 16) + (chunk ^ Swizzle<kChunks>::key(row)) * 16;
   }
 
-  // Of the chunk that this lane needs for rows row0..row0 + TILE - 1 (row0 a multiple of 16), step group g. What depends on
-  // the lane takes one value for each of few constants, so that a loop needs few addresses.
+  // The chunk that this lane needs of rows row0..row0 + TILE - 1 (row0 a multiple of 16) for step group g, in two parts: what
+  // depends on the lane alone, and what is the same in all. A loop then needs few addresses.
   template <int TILE>
-  static FA_DEVICE int lane_offset(int row0, int g) {
-    using S = Shape<TILE>;
-    const int row = S::lane_row(), first = S::kGroups * g;
-    const int lane_part = row * (kChunks * 16) + (S::group() ^ Swizzle<kChunks>::key(row)) * 16;
+  static FA_DEVICE int lane_part() {
+    const int row = Shape<TILE>::lane_row();
+    return row * (kChunks * 16) + (Shape<TILE>::group() ^ Swizzle<kChunks>::key(row)) * 16;
+  }
+  template <int TILE>
+  static FA_DEVICE int chunk_offset(int lane_part, int row0, int g) {
+    const int first = Shape<TILE>::kGroups * g;
     return (lane_part ^ (first % kPeriod * 16)) + row0 * (kChunks * 16) + first / kPeriod * (kPeriod * 16);
   }
 
-  // Of fp32 element i of the quad with k along the rows that this lane needs: step `step`, columns col0..col0 + TILE - 1.
+  // The same for element i of the fp32 quad with k along the rows: step `step`, columns col0..col0 + TILE - 1.
   template <int TILE>
-  static FA_DEVICE int lane_element_offset(int step, int i, int col0) {
+  static FA_DEVICE int column_lane_part() {
+    const int row = 4 * Shape<TILE>::group(), col = Shape<TILE>::lane_row();
+    return row * (kChunks * 16) + (col / 4 ^ Swizzle<kChunks>::key(row)) * 16 + col % 4 * 4;
+  }
+  template <int TILE>
+  static FA_DEVICE int element_offset(int lane_part, int step, int i, int col0) {
     static_assert(sizeof(T) == 4 && kPeriod == 8);
-    using S = Shape<TILE>;
-    const int row = 4 * S::group(), chunk = col0 / 4;
-    const int lane_part =
-        row * (kChunks * 16) + (S::lane_row() / 4 ^ Swizzle<kChunks>::key(row)) * 16 + S::lane_row() % 4 * 4;
-    return (lane_part ^ ((chunk % 8 ^ i) * 16)) + (S::kStep * step + i) * (kChunks * 16) + chunk / 8 * 128;
+    const int row = Shape<TILE>::kStep * step + i, chunk = col0 / 4;
+    return (lane_part ^ ((chunk % 8 ^ i) * 16)) + row * (kChunks * 16) + chunk / 8 * 128;
   }
 };
 
@@ -86,12 +91,15 @@ struct TransposedLayout {
   // From the offset of a column that is a multiple of 8 to that of the c-th from it.
   static FA_HOST_DEVICE int next_column(int offset, int c) { return (offset ^ (key(c) * 16)) + c * (ROWS * 2); }
 
-  // As in StraightLayout; col0 is a multiple of 16.
+  // As in StraightLayout, for columns col0..col0 + TILE - 1; col0 is a multiple of 16.
   template <int TILE>
-  static FA_DEVICE int lane_offset(int col0, int pair) {
-    using S = Shape<TILE>;
-    const int col = S::lane_row(), first = S::kGroups * pair;
-    const int lane_part = col * (ROWS * 2) + (S::group() ^ key(col)) * 16;
+  static FA_DEVICE int lane_part() {
+    const int col = Shape<TILE>::lane_row();
+    return col * (ROWS * 2) + (Shape<TILE>::group() ^ key(col)) * 16;
+  }
+  template <int TILE>
+  static FA_DEVICE int chunk_offset(int lane_part, int col0, int pair) {
+    const int first = Shape<TILE>::kGroups * pair;
     return (lane_part ^ ((first % kPeriod ^ key(col0)) * 16)) + col0 * (ROWS * 2) + first / kPeriod * (kPeriod * 16);
   }
 };

@@ -91,6 +91,16 @@ FA_DEVICE void matrix_step(const Quad<T>& a, const Quad<T>& b, typename Shape<TI
   }
 }
 
+// The same value, kept in an accumulation register: half of a lone wave's registers are of that kind, and matrix
+// instructions read their operands from either.
+template <class V>
+FA_DEVICE V kept_aside(V x) {
+#if defined(__HIP_DEVICE_COMPILE__)
+  asm("" : "+a"(x));
+#endif
+  return x;
+}
+
 // The 16-bit halves of two words: (low of a, low of b) or (high of a, high of b), a first in memory.
 FA_DEVICE uint32_t pack_low(uint32_t a, uint32_t b) { return __builtin_amdgcn_perm(b, a, 0x05040100); }
 FA_DEVICE uint32_t pack_high(uint32_t a, uint32_t b) { return __builtin_amdgcn_perm(b, a, 0x07060302); }
@@ -137,7 +147,7 @@ class AlignedRows {
   FA_DEVICE AlignedRows(const T* src, int64_t row_stride, int rows, int cols)
       : base_(reinterpret_cast<uint64_t>(src)),
         cols_(cols),
-        row_bytes_(rows > 1 ? uint32_t(row_stride) * uint32_t(sizeof(T)) : kFar),
+        row_bytes_(rows > 1 ? uint32_t(row_stride) * uint32_t(sizeof(T)) & kMaxRowBytes : kMaxRowBytes),
         bytes_(rows > 0 ? (rows - 1) * row_bytes_ + cols * uint32_t(sizeof(T)) : 0) {}
 
   // Row first_row + row; first_row is the same in every lane.
@@ -150,12 +160,13 @@ class AlignedRows {
         __builtin_amdgcn_readfirstlane(int(bytes_ > skipped ? bytes_ - skipped : 0)),
         0x00020000,  // 32-bit data
     };
-    const uint32_t offset = col < cols_ ? row * row_bytes_ + col * uint32_t(sizeof(T)) : 0x80000000u;
+    const uint32_t offset = col < cols_ ? uint32_t(row) * row_bytes_ + col * uint32_t(sizeof(T)) : kBehindTheEnd;
     return __builtin_bit_cast(Chunk<T>, raw_buffer_load(descriptor, int(offset), 0, 0));
   }
 
  private:
-  static constexpr uint32_t kFar = 1 << 24;  // a single row may have any stride
+  static constexpr uint32_t kBehindTheEnd = uint32_t(-16);  // an inline constant
+  static constexpr uint32_t kMaxRowBytes = (1 << 24) - 1;  // 24 bits multiply fast; a single row may have any stride
 
   static __device__ Vector<int, 4> raw_buffer_load(Vector<int, 4> descriptor, int offset, int uniform_offset,
                                                    int policy) __asm("llvm.amdgcn.raw.buffer.load.v4i32");

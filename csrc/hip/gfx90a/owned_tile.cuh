@@ -106,6 +106,7 @@ class OwnedTile {
         for (int i = 0; i < kElements; ++i) {
           columns_[t][g][i] = row + i < rows && col < cols ? at[i * row_stride] : Bits<T>(0);
         }
+        columns_[t][g] = kept_aside(columns_[t][g]);
       }
     }
   }
@@ -141,10 +142,7 @@ class ProductTile {
   }
 
   FA_DEVICE const Quad<T>& quad(int n, int step) const { return quads_[n][step]; }
-  template <int TILE>
-  FA_DEVICE Chunk<T> row_chunk(int row, int g) const {
-    return shared_.template row_chunk<TILE>(row, g);
-  }
+  FA_DEVICE const Shared& shared() const { return shared_; }
 
  private:
   FA_DEVICE void put_shared() {

@@ -56,34 +56,49 @@ class SharedTile {
     }
   }
 
-  // Chunk g of row `row`, k along the columns.
+  // The lane's part of the addresses that row_chunk() and column_quads() read, worked out once for a multiply.
   template <int TILE>
-  FA_DEVICE Chunk<T> row_chunk(int row, int g) const {
+  static FA_DEVICE int row_lane_part() {
+    return Straight::template lane_part<TILE>();
+  }
+  // Chunk g of the lane's row of those from row0, k along the columns.
+  template <int TILE>
+  FA_DEVICE Chunk<T> row_chunk(int lane_part, int row0, int g) const {
     static_assert(kStraight);
-    return at<Chunk<T>>(straight_ + Straight::template lane_offset<TILE>(row, g));
+    return at<Chunk<T>>(straight_ + Straight::template chunk_offset<TILE>(lane_part, row0, g));
   }
 
-  // Quads of column `col`, k along the rows, for one access: column_step<TILE>(access, q) is the step of k of quad q.
+  // Quads of the lane's column of those from col0, k along the rows: column_step<TILE>(access, q) is the step of k of quad q.
   static constexpr int kColumnQuads = sizeof(T) == 2 && ROWS % 32 == 0 ? 2 : 1;
   template <int TILE>
   static constexpr int column_step(int access, int q) {
     return kColumnQuads == 2 ? Transposed::template step_of<TILE>(access, q) : access;
   }
   template <int TILE>
-  FA_DEVICE void column_quads(int col, int access, Quad<T> (&quads)[kColumnQuads]) const {
+  static FA_DEVICE int column_lane_part() {
+    if constexpr (sizeof(T) == 4) {
+      return Straight::template column_lane_part<TILE>();
+    } else if constexpr (kColumnQuads == 2) {
+      return Transposed::template lane_part<TILE>();
+    } else {
+      return Transposed::quad_offset(Shape<TILE>::lane_row(), 4 * Shape<TILE>::group());
+    }
+  }
+  template <int TILE>
+  FA_DEVICE void column_quads(int lane_part, int col0, int access, Quad<T> (&quads)[kColumnQuads]) const {
     static_assert((USES & (kKM | kKN)) != 0);
-    using S = Shape<TILE>;
     if constexpr (sizeof(T) == 4) {
       FA_UNROLL
       for (int i = 0; i < 4; ++i) {
-        quads[0][i] = at<float>(straight_ + Straight::template lane_element_offset<TILE>(access, i, col));
+        quads[0][i] = at<float>(straight_ + Straight::template element_offset<TILE>(lane_part, access, i, col0));
       }
     } else if constexpr (kColumnQuads == 2) {
-      const auto chunk = at<Chunk<T>>(transposed_ + Transposed::template lane_offset<TILE>(col, access));
+      const auto chunk = at<Chunk<T>>(transposed_ + Transposed::template chunk_offset<TILE>(lane_part, col0, access));
       quads[0] = chunk.lo;
       quads[1] = chunk.hi;
     } else {
-      quads[0] = at<Quad<T>>(transposed_ + Transposed::quad_offset(col + S::lane_row(), S::kStep * access + 4 * S::group()));
+      static_assert(ROWS == Shape<TILE>::kStep);
+      quads[0] = at<Quad<T>>(transposed_ + Transposed::next_column(lane_part, col0));
     }
   }
 
