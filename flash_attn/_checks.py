@@ -7,6 +7,7 @@ tensors they are given whatever those values are.
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NoReturn
 
 import torch
@@ -17,6 +18,9 @@ from flash_attn import _library, modes
 MAX_HEAD_DIM = 256
 # A window this wide sees every key; kernels add it to positions in 32 bits.
 UNBOUNDED_WINDOW = 2**30
+
+# Any: where torch.compile traces with dynamic shapes, an int is a torch.SymInt, which stands in for int.
+_INTEGERS: Any = (int, torch.SymInt)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -146,7 +150,7 @@ def window(window_size: Any, causal: bool) -> tuple[int, int]:
         fail_type("window_size", "a pair (left, right)", window_size, "pass (-1, -1) for no window")
     bounds = []
     for side, bound in zip(("left", "right"), window_size, strict=True):
-        if isinstance(bound, bool) or not isinstance(bound, (int, torch.SymInt)):
+        if isinstance(bound, bool) or not isinstance(bound, _INTEGERS):
             fail_type(f"window_size {side}", "an int", bound, "pass -1 for no bound")
         if bound < -1:
             fail(f"window_size {side}", "must be -1 (no bound) or at least 0", bound, "pass -1 for no bound")
@@ -194,7 +198,7 @@ def max_seqlen(name: str, x: Any) -> int:
         if x.dim() != 0 or x.is_floating_point():
             fail(name, "must be an int or a 0-d integer tensor", f"{x.dtype} {list(x.shape)}", "pass int(x)")
         return int(x.item())
-    if isinstance(x, bool) or not isinstance(x, (int, torch.SymInt)):
+    if isinstance(x, bool) or not isinstance(x, _INTEGERS):
         fail_type(name, "an int or a 0-d integer tensor", x, "pass the longest sequence's length")
     if x < 0:
         fail(name, "must be at least 0", x, "pass the longest sequence's length")
@@ -235,7 +239,7 @@ def cu_seqlens(name: str, x: Any, device: torch.device, total: int | None, longe
     values = x.tolist()
     if values[0] != 0:
         fail(name, "must start with 0", values[0], "build it with a leading zero")
-    steps = [after - before for before, after in zip(values, values[1:], strict=False)]
+    steps = [after - before for before, after in pairwise(values)]
     if any(step < 0 for step in steps):
         fail(name, "must not decrease", values, "pass cumulative lengths, not lengths")
     if total is not None and values[-1] > total:

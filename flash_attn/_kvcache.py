@@ -1,5 +1,7 @@
 """Decoding with a key-value cache: append, rotate, attend."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,7 @@ def flash_attn_with_kvcache(
     alibi_slopes=None,
     num_splits=0,
     return_softmax_lse=False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """Writes k and v into the cache in place behind what it holds, then attends to the cache.
 
     Args:
@@ -146,7 +148,7 @@ def _rotate(
     """Rotary position embedding of q and of the rows to append."""
     if k is None or before is None:
         check.fail("rotary_cos", "needs k, v and cache_seqlens", None, "pass the rows to append, or rotate beforehand")
-    check_rotary(cos, sin, q, capacity)
+    sin = check_rotary(cos, sin, q, capacity)
     q_steps = torch.arange(q.shape[1], device=q.device) if local else q.new_zeros(q.shape[1], dtype=torch.int64)
     k_steps = torch.arange(k.shape[1], device=q.device)
     start = before.long()[:, None]
@@ -155,8 +157,11 @@ def _rotate(
     return rotate(q, cos[q_at], sin[q_at], interleaved), rotate(k, cos[k_at], sin[k_at], interleaved)
 
 
-def check_rotary(cos: Tensor, sin: Tensor | None, q: Tensor, positions: int) -> None:
-    """cos and sin are [at least positions, rotary_dim / 2] with rotary_dim at most head_dim."""
+def check_rotary(cos: Tensor, sin: Tensor | None, q: Tensor, positions: int) -> Tensor:
+    """cos and sin are [at least positions, rotary_dim / 2] with rotary_dim at most head_dim. Returns sin."""
+    if sin is None or cos.shape != sin.shape:
+        got = None if sin is None else list(sin.shape)
+        check.fail("rotary_sin", f"shape must be that of rotary_cos, {list(cos.shape)}", got, "pass both tables")
     for name, table in (("rotary_cos", cos), ("rotary_sin", sin)):
         check.tensor(name, table, ("seqlen_rotary", "rotary_dim / 2"))
         if table.device != q.device:
@@ -165,8 +170,7 @@ def check_rotary(cos: Tensor, sin: Tensor | None, q: Tensor, positions: int) -> 
             check.fail(name, f"rotary_dim must be at most head_dim, {q.shape[-1]}", 2 * table.shape[1], "cut it")
         if table.shape[0] < positions:
             check.fail(name, f"must have the cache's {positions} rows", table.shape[0], "compute a longer table")
-    if sin is None or cos.shape != sin.shape:
-        check.fail("rotary_sin", f"shape must be that of rotary_cos, {list(cos.shape)}", sin, "pass both tables")
+    return sin
 
 
 def _append(

@@ -56,11 +56,6 @@ def empty_gradient(x: Tensor) -> Tensor:
     return gradient if gradient.stride(-1) == 1 else x.new_empty(x.shape)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, tensors: Tensors, options: Options) -> tuple[Tensor, Tensor, Tensor]:
-    """Calls flash_attn::forward: (out, softmax_lse, s_dmask). Differentiable in q, k, v and the sink."""
-    return torch.ops.flash_attn.forward(q, k, v, *tensors, *options)
-
-
 def backward(
     dout: Tensor,
     dlse: Tensor | None,
@@ -69,7 +64,7 @@ def backward(
     v: Tensor,
     out: Tensor,
     softmax_lse: Tensor,
-    gradients: tuple[Tensor, Tensor, Tensor],
+    gradients: tuple[Tensor, ...],
     tensors: Tensors,
     options: Options,
 ) -> Tensor:
@@ -135,7 +130,32 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | No
     return dq, dk, dv, *gradients.values(), *(None for _ in Options._fields)
 
 
-class PackedAttention(torch.autograd.Function):
+class _Attention(torch.autograd.Function):
+    """The operator with the formula that is registered for it, as a function of its own.
+
+    The registered way serves callers of the operator; it parses the schema in every call, which took 70 of the 150
+    microseconds of a small forward (torch 2.13).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        output = torch.ops.flash_attn.forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, *gradients)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, tensors: Tensors, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, softmax_lse, s_dmask). Differentiable in q, k, v and the sink."""
+    wants_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, tensors.sink))
+    run = _Attention.apply if wants_gradient else torch.ops.flash_attn.forward
+    return run(q, k, v, *tensors, *options)
+
+
+class _PackedAttention(torch.autograd.Function):
     """Attention on `packed`, [..., 3, heads, dim] (q is None) or [..., 2, heads_kv, dim] beside q.
 
     The operator's own formula would give autograd three gradients to stack; here the kernel writes them into views
@@ -147,7 +167,9 @@ class PackedAttention(torch.autograd.Function):
         tensors = Tensors(*rest[: len(Tensors._fields)])
         ctx.options = Options(*rest[len(Tensors._fields) :])
         parts = packed.unbind(-3)
-        out, softmax_lse, s_dmask = forward(*(parts if q is None else (q, *parts)), tensors, ctx.options)
+        out, softmax_lse, s_dmask = torch.ops.flash_attn.forward(
+            *(parts if q is None else (q, *parts)), *tensors, *ctx.options
+        )
         ctx.save_for_backward(q, packed, out, softmax_lse, *tensors)
         ctx.mark_non_differentiable(s_dmask)
         ctx.set_materialize_grads(False)
@@ -158,12 +180,14 @@ class PackedAttention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         q, packed, out, softmax_lse, *rest = ctx.saved_tensors
         dpacked = empty_gradient(packed)
-        dq = None if q is None else empty_gradient(q)
         parts, dparts = packed.unbind(-3), dpacked.unbind(-3)
+        dq = None
         if q is not None:
+            dq = empty_gradient(q)
             parts, dparts = (q, *parts), (dq, *dparts)
+        q, k, v = parts
         dout = torch.zeros_like(out) if dout is None else dout
-        backward(dout, dlse, *parts, out, softmax_lse, dparts, Tensors(*rest), ctx.options)
+        backward(dout, dlse, q, k, v, out, softmax_lse, dparts, Tensors(*rest), ctx.options)
         return dq, dpacked, *(None for _ in range(len(Tensors._fields) + len(Options._fields)))
 
 
@@ -171,7 +195,7 @@ def packed_forward(
     q: Tensor | None, packed: Tensor, tensors: Tensors, options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, softmax_lse, s_dmask) of packed inputs, without copies in the forward or the backward."""
-    return PackedAttention.apply(q, packed, *tensors, *options)
+    return _PackedAttention.apply(q, packed, *tensors, *options)
 
 
 def _fake_forward(

@@ -23,11 +23,12 @@ names and signatures are those of the flash-attn package, 2.8.3. Errors: ValueEr
 not fit, RuntimeError where the compiled library is missing.
 """
 
-from torch import Tensor
+from typing import Any, TypeAlias
 
 from flash_attn import _checks as check
 from flash_attn import _library
 from flash_attn import _prepare as prepare
+from flash_attn._compiled_module import flash_attn_gpu
 from flash_attn._kvcache import flash_attn_with_kvcache
 from flash_attn._low_level import (
     _flash_attn_backward,
@@ -38,7 +39,6 @@ from flash_attn._low_level import (
     _wrapped_flash_attn_forward,
     _wrapped_flash_attn_varlen_backward,
     _wrapped_flash_attn_varlen_forward,
-    flash_attn_gpu,
 )
 from flash_attn._ops import forward, innermost_contiguous, packed_forward
 
@@ -65,7 +65,8 @@ __all__ = [
     "flash_attn_with_kvcache",
 ]
 
-Result = Tensor | tuple[Tensor, Tensor, Tensor]
+# out, or (out, softmax_lse, S_dmask) with return_attn_probs: a union would make every caller narrow it.
+Result: TypeAlias = Any
 
 
 def flash_attn_func(
@@ -364,7 +365,7 @@ def flash_attn_unpadded_qkvpacked_split_func(
     softmax_scale=None,
     causal=False,
     return_attn_probs=False,
-) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Result:
     """Version 0.2: the first batch_size0 sequences are at most max_seqlen0 long, the others at most max_seqlen1.
 
     Version 0.2 launched a kernel for either part; one launch serves any mixture of lengths here.
@@ -372,6 +373,7 @@ def flash_attn_unpadded_qkvpacked_split_func(
     Returns:
         out, or with return_attn_probs (out, softmax_lse, S_dmask of the first part, S_dmask of the second).
     """
+    check.packed_qkv(qkv, "qkv", 3, packed=True)
     longest0 = check.max_seqlen("max_seqlen0", max_seqlen0)
     longest1 = check.max_seqlen("max_seqlen1", max_seqlen1)
     batch = check.int32_vector("cu_seqlens", cu_seqlens, qkv.device).shape[0] - 1

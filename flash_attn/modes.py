@@ -109,8 +109,8 @@ def split_size_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> i
     Raises:
         ValueError: it is not a multiple of the kernel's key block, so schedule invariance could not be kept.
     """
-    if _split_size == 0:
-        return 0
+    if _split_size == 0 or device.type == "meta":  # no kernel runs on meta tensors
+        return _split_size
     dtype_name = str(dtype).removeprefix("torch.")
     block = key_block(device.type, dtype_name, head_dim)
     if _split_size % block:

@@ -11,7 +11,8 @@ from flash_attn.reference import AttentionResult, attention_reference
 
 
 def _devices() -> list[str]:
-    _library.require()
+    if _library.problem() is not None:
+        return ["cpu"]  # each test then fails with what to do; tests of the build itself need no library
     built = json.loads(torch.ops.flash_attn.build_info())["backends"]
     has_gpu_kernels = any(backend in built for backend in ("cuda", "hip"))
     return ["cpu", "cuda"] if has_gpu_kernels and torch.cuda.is_available() else ["cpu"]

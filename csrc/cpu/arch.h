@@ -42,10 +42,10 @@ struct Block {
     constexpr int kPer = Factor<T>::kPerUnit, kLine = D / kPer;
     if constexpr (kRowMajor) {
       multiply_block<T, false>(c.data(), C::kStride, a.plain(), kLine, b.columns(), N, a.rows(), b.rows(),
-                               a.cols() / kPer);
+                               a.cols() / kPer, a.take_upcoming());
     } else {
       multiply_block<T, false>(c.data(), C::kStride, b.plain(), kLine, a.columns(), M, b.rows(), a.rows(),
-                               a.cols() / kPer);
+                               a.cols() / kPer, b.take_upcoming());
     }
   }
 
@@ -55,7 +55,7 @@ struct Block {
                                     const FA_ISA::Tile<T, K, N, USES, kLayout, R>& b) {
     static_assert(!kRowMajor, "the operand's lines are columns");
     multiply_block<T, true>(c.data(), C::kStride, b.paired(), N, a.units(), M, b.cols(), M,
-                            b.rows() / Factor<T>::kPerUnit);
+                            b.rows() / Factor<T>::kPerUnit, b.take_upcoming());
   }
   template <class C, class T, int M, int K, int N, unsigned USES_A, unsigned USES_B>
   static FA_INLINE void multiply_nn(C& c, const FA_ISA::Tile<T, M, K, USES_A, kLayout, R>& a,
@@ -63,14 +63,14 @@ struct Block {
     static_assert(kRowMajor, "b lies in vectors");
     constexpr int kPer = Factor<T>::kPerUnit;
     multiply_block<T, false>(c.data(), C::kStride, a.plain(), K / kPer, b.paired(), N, a.rows(), b.cols(),
-                             b.rows() / kPer);
+                             b.rows() / kPer, Upcoming{});
   }
   template <class C, class T, int M, int K, int N, unsigned USES_A, unsigned USES_B>
   static FA_INLINE void multiply_tn(C& c, const FA_ISA::Tile<T, K, M, USES_A, kLayout, R>& a,
                                     const FA_ISA::Tile<T, K, N, USES_B, kLayout, R>& b) {
     static_assert(kRowMajor, "b lies in vectors");
     multiply_block<T, true>(c.data(), C::kStride, a.paired(), M, b.paired(), N, a.cols(), b.cols(),
-                            b.rows() / Factor<T>::kPerUnit);
+                            b.rows() / Factor<T>::kPerUnit, Upcoming{});
   }
 
   // Blocks of the host add in turn (see cpu.cpp), so this need not be atomic.
@@ -104,7 +104,8 @@ struct Block {
     }
   }
 
-  static FA_INLINE void wait_turn(int32_t* turn, int value) {
+  static FA_INLINE int peek_turn(const int32_t* turn) { return __atomic_load_n(turn, __ATOMIC_RELAXED); }
+  static FA_INLINE void wait_turn(int32_t* turn, int value, int) {
     for (int tries = 0; __atomic_load_n(turn, __ATOMIC_ACQUIRE) != value; ++tries) {
       if (tries >= 64) sched_yield();
     }

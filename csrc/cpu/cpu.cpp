@@ -99,7 +99,7 @@ Workspace plan_forward(ForwardParams& p, const Queue& queue) {
                                 " of head_dim " + std::to_string(p.head_dim) + ", got " + std::to_string(p.split_size));
   }
   p.num_splits = 1;
-  p.head_group = 1;
+  p.head_group = 1;  // a head's query blocks share its keys in cache
   if (p.split_size > 0 && p.s_dmask == nullptr && kernel.blocks(&p) < thread_count(queue)) {
     p.num_splits = max_int(1, ceil_div(p.seqlen_k, p.split_size));
   }
@@ -148,17 +148,6 @@ void clear(char* memory, size_t bytes, const Queue& queue) {
   });
 }
 
-// A head's key blocks wait for one another, different heads do not: so the first key block of every head comes first,
-// then the second ones. Under a causal mask that is also the longest first.
-void launch_backward(const KernelInfo& kernel, const BackwardParams& p, char* scratch, const Queue& queue) {
-  const int64_t blocks = kernel.blocks(&p), key_blocks = ceil_div(p.seqlen_k, kernel.block_n);
-  const int64_t heads = key_blocks == 0 ? 0 : blocks / key_blocks;
-  for_each_item(queue, blocks, [&](int64_t index, int thread) {
-    const int64_t block = index % heads * key_blocks + index / heads;
-    kernel.host(&p, block, scratch + thread * scratch_bytes(kernel));
-  });
-}
-
 void backward(BackwardParams p, void* workspace, const Queue& queue) {
   const KernelInfo &main = backward_kernel(p), &finish = finish_kernel(p);
   const BackwardBytes bytes(p, main, finish);
@@ -169,7 +158,7 @@ void backward(BackwardParams p, void* workspace, const Queue& queue) {
   p.deterministic = true;
   char* scratch = memory + bytes.dq_accum + bytes.dq_turn;
   launch(find(KernelKind::kPreprocess, p.dtype, p.head_dim), p, scratch, queue);
-  launch_backward(main, p, scratch, queue);
+  launch(main, p, scratch, queue);
   launch(finish, p, scratch, queue);
 }
 

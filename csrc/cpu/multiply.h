@@ -86,24 +86,42 @@ FA_INLINE void multiply_panel(AccumOf<T>* __restrict c, int64_t c_stride, const 
   }
 }
 
+// Rows of a tensor that will be loaded soon. Fetched a few lines at a time between panels: in one go they would fill
+// the processor's miss buffers, and short rows far apart are not what its own prefetcher foresees.
+struct Upcoming {
+  const char* row;
+  int64_t stride;  // bytes
+  int rows;        // left
+  int lines;       // of 64 bytes in a row
+  int line;        // next in this row
+
+  FA_INLINE void fetch(int count) {
+    for (; count > 0 && rows > 0; --count) {
+      __builtin_prefetch(row + 64 * line, 0, 2);
+      if (++line == lines) line = 0, row += stride, --rows;
+    }
+  }
+};
+
 // rows, cols: extents of c. a is [rows][steps] with a row's units contiguous, or (ROWS_CONTIGUOUS) [steps][rows].
 template <class T, bool ROWS_CONTIGUOUS>
 __attribute__((noinline)) void multiply_block(AccumOf<T>* c, int64_t c_stride, const typename Factor<T>::Unit* a,
                                               int64_t a_stride, const typename Factor<T>::Unit* b, int64_t b_stride,
-                                              int rows, int cols, int steps) {
+                                              int rows, int cols, int steps, Upcoming upcoming) {
   constexpr int kWidth = kLanes<AccumOf<T>>;
   const int64_t a_row = ROWS_CONTIGUOUS ? 1 : a_stride;
-  int col = 0;
-  for (; col + 2 * kWidth <= cols; col += 2 * kWidth) {
+  const int panels = (cols + 2 * kWidth - 1) / (2 * kWidth) * (rows / kPanelRows);
+  const int fetches = panels == 0 ? 0 : upcoming.rows * upcoming.lines / panels + 1;
+  for (int col = 0; col < cols; col += 2 * kWidth) {
     for (int row = 0; row < rows; row += kPanelRows) {
-      multiply_panel<T, 2, ROWS_CONTIGUOUS>(c + row * c_stride + col, c_stride, a + row * a_row, a_stride, b + col,
-                                            b_stride, steps);
-    }
-  }
-  if (col < cols) {
-    for (int row = 0; row < rows; row += kPanelRows) {
-      multiply_panel<T, 1, ROWS_CONTIGUOUS>(c + row * c_stride + col, c_stride, a + row * a_row, a_stride, b + col,
-                                            b_stride, steps);
+      upcoming.fetch(fetches);
+      if (col + 2 * kWidth <= cols) {
+        multiply_panel<T, 2, ROWS_CONTIGUOUS>(c + row * c_stride + col, c_stride, a + row * a_row, a_stride, b + col,
+                                              b_stride, steps);
+      } else {
+        multiply_panel<T, 1, ROWS_CONTIGUOUS>(c + row * c_stride + col, c_stride, a + row * a_row, a_stride, b + col,
+                                              b_stride, steps);
+      }
     }
   }
 }

@@ -1,6 +1,8 @@
 // From rows of elements to lines of units, as multiply_block reads them.
 #pragma once
 
+#include <utility>
+
 #include "multiply.h"
 
 namespace flash_attn {
@@ -63,20 +65,41 @@ FA_INLINE void interleave_rows(const BFloat16* even, const BFloat16* odd, uint32
   for (int i = count; i < extent; ++i) dst[i] = 0;
 }
 
-// A row of elements, k along it, to column `column` of lines that are `stride` apart.
-template <class T>
-FA_INLINE void transpose_row(const T* src, typename Factor<T>::Unit* dst, int64_t stride, int count, int extent) {
-  constexpr int kPer = Factor<T>::kPerUnit;
-  int unit = 0;
-  if constexpr (kPer == 2) {
-    for (; 2 * unit + 1 < count; ++unit) {
-      dst[unit * stride] = src[2 * unit].bits | uint32_t(src[2 * unit + 1].bits) << 16;
+template <int STEP, class V, size_t... I>
+FA_INLINE void swap_blocks(V& a, V& b, std::index_sequence<I...>) {
+  constexpr int kSide = sizeof...(I);
+#if defined(__clang__) || __GNUC__ >= 12
+  const V upper = __builtin_shufflevector(a, b, (I & STEP ? kSide + I - STEP : I)...);
+  b = __builtin_shufflevector(a, b, (I & STEP ? kSide + I : I + STEP)...);
+#else
+  using Mask = Vector<std::conditional_t<kVectorBytes / kSide == 8, int64_t, int32_t>>;
+  const V upper = __builtin_shuffle(a, b, Mask{(I & STEP ? kSide + I - STEP : I)...});
+  b = __builtin_shuffle(a, b, Mask{(I & STEP ? kSide + I : I + STEP)...});
+#endif
+  a = upper;
+}
+
+template <int STEP, class V, size_t SIDE>
+FA_INLINE void transpose_blocks(V (&rows)[SIDE]) {
+  if constexpr (STEP < int(SIDE)) {
+    FA_UNROLL_FULLY
+    for (int i = 0; i < int(SIDE); ++i) {
+      if (!(i & STEP)) swap_blocks<STEP>(rows[i], rows[i + STEP], std::make_index_sequence<SIDE>());
     }
-    if (count % 2) dst[unit++ * stride] = src[count - 1].bits;
-  } else {
-    for (; unit < count; ++unit) dst[unit * stride] = widen(src[unit]);
+    transpose_blocks<2 * STEP>(rows);
   }
-  for (; unit < extent / kPer; ++unit) dst[unit * stride] = 0;
+}
+
+// dst[j][i] = src[i][j] for a square of as many rows as a vector has lanes: log2 of that many rounds of exchanging
+// off-diagonal blocks.
+template <class S>
+FA_INLINE void transpose_square(const S* src, int64_t src_stride, S* dst, int64_t dst_stride) {
+  Vector<S> rows[kLanes<S>];
+  FA_UNROLL_FULLY
+  for (int i = 0; i < kLanes<S>; ++i) rows[i] = load(src + i * src_stride);
+  transpose_blocks<1>(rows);
+  FA_UNROLL_FULLY
+  for (int i = 0; i < kLanes<S>; ++i) store(dst + i * dst_stride, rows[i]);
 }
 
 }  // namespace FA_ISA

@@ -111,6 +111,13 @@ FA_INLINE void widen_row(const T* src, AccumOf<T>* widened, int count) {
 template <class T, Rounding R>
 FA_INLINE void narrow_row(const AccumOf<T>* src, T* dst, int count) {
   int i = 0;
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, BFloat16> && R == Rounding::kNearestEven) {
+    for (; i + 16 <= count; i += 16) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst + i), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(src + i)));
+    }
+  }
+#endif
   if constexpr (std::is_same_v<T, Half> && R == Rounding::kNearestEven) {
 #if defined(__AVX512F__)
     for (; i + 16 <= count; i += 16) {

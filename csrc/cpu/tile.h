@@ -32,7 +32,7 @@ class Tile {
   explicit FA_INLINE Tile(char* shared) : shared_(shared) {}
 
   FA_INLINE void load(const T* src, int64_t row_stride, int rows, int cols, bool) {
-    if (rows > ROWS) prefetch(src + ROWS * row_stride, row_stride, rows - ROWS < ROWS ? rows - ROWS : ROWS, cols);
+    set_upcoming(src + ROWS * row_stride, row_stride, rows - ROWS, cols);
     rows = rows < ROWS ? rows : ROWS;
     set_extents(round_up(rows), round_up(cols));
     if constexpr (kHasColumns) load_columns(src, row_stride, rows, cols);
@@ -66,6 +66,13 @@ class Tile {
   FA_INLINE int rows() const { return extents()[0]; }  // rounded up to kExtent
   FA_INLINE int cols() const { return extents()[1]; }
 
+  // Where the rows after these lie: for a multiply to prefetch, once.
+  FA_INLINE Upcoming take_upcoming() const {
+    const Upcoming upcoming = *header_upcoming();
+    header_upcoming()->rows = 0;
+    return upcoming;
+  }
+
   FA_INLINE Unit* columns() const { return form(0); }
   FA_INLINE Unit* plain() const { return form(kHasColumns); }
   FA_INLINE Unit* paired() const { return form(int(kHasColumns) + int(kHasPlain && !kOneForm)); }
@@ -74,23 +81,27 @@ class Tile {
   static FA_INLINE int round_up(int extent) { return (extent + kExtent - 1) / kExtent * kExtent; }
   FA_INLINE int32_t* extents() const { return reinterpret_cast<int32_t*>(shared_); }
   FA_INLINE void set_extents(int rows, int cols) { extents()[0] = rows, extents()[1] = cols; }
+  FA_INLINE Upcoming* header_upcoming() const { return reinterpret_cast<Upcoming*>(shared_ + 16); }
+  FA_INLINE void set_upcoming(const T* src, int64_t row_stride, int rows, int cols) {
+    const int lines = (cols * int(sizeof(T)) + 63) / 64;
+    *header_upcoming() = {reinterpret_cast<const char*>(src), row_stride * int64_t(sizeof(T)), rows < ROWS ? rows : ROWS,
+                          lines, 0};
+  }
   FA_INLINE Unit* form(int index) const { return reinterpret_cast<Unit*>(shared_ + kHeaderBytes + index * kFormBytes); }
   FA_INLINE T* staging() const { return reinterpret_cast<T*>(shared_ + kHeaderBytes); }
 
-  // Most loads are followed by that of the next rows, too short and far apart for the processor to foresee.
-  static FA_INLINE void prefetch(const T* src, int64_t row_stride, int rows, int cols) {
-    constexpr int kLine = 64 / int(sizeof(T));
-    for (int row = 0; row < rows; ++row) {
-      for (int col = 0; col < cols; col += kLine) __builtin_prefetch(src + row * row_stride + col, 0, 2);
-    }
-  }
-
   FA_INLINE void load_columns(const T* src, int64_t row_stride, int row_count, int col_count) {
-    for (int row = 0; row < row_count; ++row) {
-      transpose_row<T>(src + row * row_stride, columns() + row, ROWS, col_count, cols());
-    }
-    for (int line = 0; line < cols() / kPer; ++line) {
-      for (int row = row_count; row < rows(); ++row) columns()[line * ROWS + row] = 0;
+    constexpr int kSide = kLanes<Unit>, kLine = COLS / kPer;
+    alignas(64) Unit lines[kSide * kLine];
+    const int extent = (cols() / kPer + kSide - 1) / kSide * kSide;  // in units
+    for (int row = 0; row < rows(); row += kSide) {
+      for (int i = 0; i < kSide; ++i) {
+        const int count = row + i < row_count ? col_count : 0;
+        convert_row<T>(src + (row + i) * row_stride, lines + i * kLine, count, extent * kPer);
+      }
+      for (int unit = 0; unit < extent; unit += kSide) {
+        transpose_square(lines + unit, kLine, columns() + unit * ROWS + row, ROWS);
+      }
     }
   }
   FA_INLINE void load_plain(const T* src, int64_t row_stride, int row_count, int col_count) {
@@ -111,10 +122,13 @@ class Tile {
     if constexpr (LAYOUT == kColsInVectors) {
       narrow_row<T, Rounding::kNearestEven>(from.data(), staging(), ROWS * COLS);
     } else {
-      for (int row = 0; row < ROWS; ++row) {
-        for (int col = 0; col < COLS; ++col) {
-          staging()[row * COLS + col] = narrow<T>(from.data()[from.reg(row, col)]);
+      constexpr int kSide = kLanes<Scalar>;
+      alignas(64) Scalar lines[kSide * COLS];
+      for (int row = 0; row < ROWS; row += kSide) {
+        for (int col = 0; col < COLS; col += kSide) {
+          transpose_square(from.data() + col * ROWS + row, ROWS, lines + col, COLS);
         }
+        narrow_row<T, Rounding::kNearestEven>(lines, staging() + row * COLS, kSide * COLS);
       }
     }
   }

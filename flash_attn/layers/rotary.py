@@ -71,6 +71,9 @@ class RotaryEmbedding(nn.Module):
         scale_base: XPos: q is scaled up and k down with the position over scale_base. None: off.
     """
 
+    inv_freq: Tensor
+    scale: Tensor | None
+
     def __init__(
         self,
         dim: int,
@@ -103,16 +106,17 @@ class RotaryEmbedding(nn.Module):
     def _update_cos_sin_cache(self, seqlen: int, device: torch.device | None = None, dtype=None) -> None:
         """Makes tables for positions 0 to seqlen - 1; computed in float32 from float32 frequencies."""
         cached = self._cos_cached
-        fits = cached is not None and cached.device == device and cached.dtype == dtype
-        if fits and seqlen <= self._seq_len_cached and not (self.training and cached.is_inference()):
-            return
+        if cached is not None and cached.device == device and cached.dtype == dtype:
+            usable = not (self.training and cached.is_inference())
+            if usable and seqlen <= self._seq_len_cached:
+                return
         self._seq_len_cached = seqlen
         position = torch.arange(seqlen, device=device, dtype=torch.float32)
         # Recomputed when the module was cast: bf16 frequencies would be wrong by whole turns at long distances.
         inv_freq = self.inv_freq if self.inv_freq.dtype == torch.float32 else self._frequencies(device)
         angle = torch.outer(position, inv_freq.to(device))
         cos, sin = angle.cos(), angle.sin()
-        if self.scale is not None:
+        if self.scale is not None and self.scale_base is not None:
             power = (position - seqlen // 2) / self.scale_base
             scale = self.scale.to(device=device, dtype=torch.float32) ** power[:, None]
             self._cos_k_cached, self._sin_k_cached = (cos / scale).to(dtype), (sin / scale).to(dtype)
@@ -147,8 +151,9 @@ class RotaryEmbedding(nn.Module):
             needed = seqlen + int(seqlen_offset.max())
         self._update_cos_sin_cache(needed, device=qkv.device, dtype=qkv.dtype)
         cos, sin = self._cos_cached, self._sin_cached
-        cos_k = cos if self.scale is None else self._cos_k_cached
-        sin_k = sin if self.scale is None else self._sin_k_cached
+        assert cos is not None and sin is not None  # just made
+        cos_k = cos if self._cos_k_cached is None else self._cos_k_cached
+        sin_k = sin if self._sin_k_cached is None else self._sin_k_cached
         interleaved = self.interleaved
         if kv is None:
             return apply_rotary_emb_qkv_(qkv, cos, sin, cos_k, sin_k, interleaved, seqlen_offset, num_heads_q)

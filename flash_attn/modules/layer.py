@@ -67,11 +67,9 @@ class FlashAttentionLayer(nn.Module):
         """
         check.tensor("hidden_states", hidden_states, ("batch", "seq", "hidden_size"))
         qkv = self.qkv_proj(hidden_states).unflatten(-1, (3, self.num_heads, self.head_dim))
-        attention = None
-        if return_attention or (attention_mask is not None and attention_mask.dim() != 2):
-            context, attention = self._dense(qkv, attention_mask)
-        else:
-            context = self._fast(qkv, attention_mask)
+        if not return_attention and (attention_mask is None or attention_mask.dim() == 2):
+            return self.out_proj(self._fast(qkv, attention_mask).flatten(-2))
+        context, attention = self._dense(qkv, attention_mask)
         out = self.out_proj(context.flatten(-2))
         return (out, attention) if return_attention else out
 

@@ -147,7 +147,7 @@ class MHA(nn.Module):
         self.layer_idx = layer_idx
         self.rotary_emb_dim = rotary_emb_dim
         self.return_residual = return_residual
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         if rotary_emb_dim > 0:
             if cross_attn:
                 check.fail("rotary_emb_dim", "must be 0 with cross_attn", rotary_emb_dim, "rotate beforehand")
@@ -165,7 +165,7 @@ class MHA(nn.Module):
         else:
             self.Wqkv = nn.Linear(embed_dim, embed_dim + kv_size, bias=qkv_proj_bias, **factory)
         slopes = torch.tensor(get_alibi_slopes(num_heads), device=device) if use_alibi else None
-        inner = {
+        inner: dict[str, Any] = {
             "causal": causal,
             "softmax_scale": softmax_scale,
             "attention_dropout": dropout,

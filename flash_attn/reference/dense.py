@@ -1,5 +1,6 @@
 """Attention by its definition, in plain torch."""
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -134,8 +135,8 @@ def _packed(
     if sink is not None:
         no_keys = sink.detach().to(accum)[:, None].expand(heads_q, surplus)
     lse = torch.cat([*(r.lse for r in results), no_keys], dim=-1)
-    longest_q = max((b - a for a, b in zip(bounds_q, bounds_q[1:], strict=False)), default=0)
-    longest_k = max((b - a for a, b in zip(bounds_k, bounds_k[1:], strict=False)), default=0)
+    longest_q = max((b - a for a, b in pairwise(bounds_q)), default=0)
+    longest_k = max((b - a for a, b in pairwise(bounds_k)), default=0)
     return AttentionResult(out, lse, _pad_probabilities(results, heads_q, longest_q, longest_k))
 
 
@@ -191,7 +192,7 @@ def attention_reference(
         raise ValueError("mask: must be None for packed inputs and with seqused_k, got a mask (pad the batch)")
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
         bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-        lengths_k = [b - a for a, b in zip(bounds_k, bounds_k[1:], strict=False)]
+        lengths_k = [b - a for a, b in pairwise(bounds_k)]
         if seqused_k is not None:
             lengths_k = seqused_k.tolist()
         return _packed(q, k, v, bounds_q, bounds_k, lengths_k, alibi_slopes, dropout_mask, settings)

@@ -4,19 +4,19 @@ Mirrors what csrc/cuda/launch.cu does around the kernels: parameters, workspace,
 """
 
 import ctypes
-import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from tools.build.hip_kernels import CompiledKernel
+
 EMULATOR = Path(__file__).resolve().parents[3] / "shared" / "tools"
-DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
-DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 def is_available() -> bool:
@@ -92,36 +92,24 @@ def rows_ref(x: Tensor) -> RowsRef:
     return RowsRef(x.data_ptr(), x.stride(0) if x.dim() == 3 else 0, x.stride(-2))
 
 
-# ---- kernels ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class KernelCode:
-    """One instance: where its machine code is, and the numbers of its KernelInfo."""
-
-    code: Path
-    name: str  # as the emulator finds it
-    block_m: int
-    block_n: int
-    threads: int
-    shared_bytes: int
-    stash_bytes: int
-    blocks: Callable[[ctypes.Structure], int]
+# ---- calls -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Problem:
-    """One call: [batch, seq, heads, dim] tensors, or packed ones with cu_seqlens."""
+    """One call: [batch, seq, heads, dim] tensors, or packed ones with cu_seqlens. Arguments as the reference has them."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     softmax_scale: float | None = None
-    window: tuple[int, int] = (-1, -1)
+    causal: bool = False
+    window_size: tuple[int, int] = (-1, -1)
     softcap: float = 0.0
     alibi_slopes: Tensor | None = None
-    sink: Tensor | None = None
+    s_aux: Tensor | None = None
     dropout_p: float = 0.0
+    dropout_mask: Tensor | None = None  # for the reference: the kernels draw it themselves
     rng_state: Tensor | None = None
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k: Tensor | None = None
@@ -186,38 +174,47 @@ class Problem:
         p.seqused_k = self.pointer(self.seqused_k)
         p.softmax_scale = self.softmax_scale if self.softmax_scale is not None else self.q.shape[-1] ** -0.5
         p.softcap = self.softcap
-        p.window_left, p.window_right = self.window
+        p.window_left, p.window_right = self.window_size[0], 0 if self.causal else self.window_size[1]
         p.alibi_slopes = self.pointer(self.alibi_slopes)
         p.alibi_batch_stride = 0
         if self.alibi_slopes is not None and self.alibi_slopes.dim() == 2:
             p.alibi_batch_stride = self.alibi_slopes.stride(0)
-        p.sink = self.pointer(self.sink)
+        p.sink = self.pointer(self.s_aux)
         p.dropout_p, p.rng_state = self.dropout_p, self.pointer(self.rng_state)
-        p.dtype = DTYPES[self.q.dtype]
+        p.dtype = list(DTYPES).index(self.q.dtype)
         p.performance_mode, p.aligned, p.head_group = False, self.is_aligned, 1
 
 
 class Emulator:
     """forward() and backward() as the GPU backend does them."""
 
-    def __init__(self, find: Callable[[str, torch.dtype, int, bool], KernelCode]):
-        """find(family, dtype, head_dim, modified) gives an instance."""
-        self.find = find
+    def __init__(self, kernels: list[CompiledKernel]):
+        self.kernels = {
+            (k.instance.family.name, k.instance.dtype, k.instance.head_dim, k.instance.modified): k for k in kernels
+        }
         self.statistics: dict[str, dict[str, Any]] = {}
 
-    def run(self, kernel: KernelCode, p: Any, memory: list[Tensor], more_shared_bytes: int = 0) -> None:
-        blocks = kernel.blocks(p)
+    def find(self, family: str, dtype: torch.dtype, head_dim: int = 0, modified: bool = False) -> CompiledKernel:
+        """The instance of the smallest compiled head dimension that holds head_dim; skips the test where there is none."""
+        sizes = [size for name, kind, size, flag in self.kernels if (name, kind, flag) == (family, DTYPES[dtype], modified)]
+        size = min((size for size in sizes if size >= head_dim), default=None)
+        if size is None:
+            pytest.skip(f"no {family} was compiled for {DTYPES[dtype]} and head_dim {head_dim}")
+        return self.kernels[family, DTYPES[dtype], size, modified]
+
+    def run(self, kernel: CompiledKernel, p: Any, memory: list[Tensor], more_shared_bytes: int = 0) -> None:
+        """One launch, with every check that the emulator has: bounds, LDS races, uninitialised values."""
+        blocks = kernel.info.blocks(ctypes.byref(p))
         if blocks == 0:
             return
-        self.statistics[kernel.name] = amdemu().launch(
+        self.statistics[kernel.instance.name] = amdemu().launch(
             str(kernel.code),
-            kernel.name,
+            kernel.resources.name,
             grid=(blocks, 1, 1),
-            block=kernel.threads,
+            block=kernel.info.threads,
             args=[bytes(p)],
-            shared_bytes=kernel.shared_bytes + more_shared_bytes,
+            shared_bytes=kernel.info.shared_bytes + more_shared_bytes,
             mem=memory,
-            jobs=int(os.environ.get("EMULATOR_JOBS", "2")),
             max_insts=200_000_000,
         )
 
@@ -238,9 +235,9 @@ class Emulator:
             partial_out, partial_max, partial_sum = (torch.full(s, torch.nan) for s in ((*shape, dim), shape, shape))
             p.partial_out, p.partial_max, p.partial_sum = map(problem.pointer, (partial_out, partial_max, partial_sum))
         may_fold = problem.num_splits == 1 and problem.split_size > 0
-        self.run(kernel, p, problem.keep_alive, kernel.stash_bytes if may_fold else 0)
+        self.run(kernel, p, problem.keep_alive, kernel.info.stash_bytes if may_fold else 0)
         if problem.num_splits > 1:
-            self.run(self.find("Combine", dtype, 0, False), p, problem.keep_alive)
+            self.run(self.find("Combine", dtype), p, problem.keep_alive)
         return out, lse, dmask
 
     def backward(
@@ -251,8 +248,8 @@ class Emulator:
         lse: Tensor,
         dlse: Tensor | None = None,
         deterministic: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """dq, dk, dv, delta."""
+    ) -> list[Tensor]:
+        """dq, dk, dv."""
         dtype, dim = problem.q.dtype, problem.q.shape[-1]
         kernel = self.find("Backward", dtype, dim, problem.is_modified)
         gradients = [torch.full(x.shape, torch.nan, dtype=dtype) for x in (problem.q, problem.k, problem.v)]
@@ -265,17 +262,17 @@ class Emulator:
         if dlse is not None:
             p.dlse = rows_ref(dlse)
             problem.keep_alive.append(dlse)
-        block_m, padded_dim = kernel.block_m, next(d for d in (32, 64, 96, 128, 192, 256) if d >= dim)
+        block_m = kernel.info.block_m
         blocks = problem.batch * -(-p.seqlen_q // block_m)
         if problem.is_packed:
             blocks = (p.total_q + problem.batch * block_m) // block_m
-        dq_accum = torch.zeros(p.heads_q * blocks * block_m * padded_dim)
+        dq_accum = torch.zeros(p.heads_q * blocks * block_m * kernel.instance.head_dim)
         dq_turn = torch.zeros(p.heads_q * blocks, dtype=torch.int32)
         p.dq_accum = problem.pointer(dq_accum)
         p.dq_turn = problem.pointer(dq_turn) if deterministic else 0
         p.deterministic = deterministic
         problem.keep_alive += [dout, *gradients, delta]
-        self.run(self.find("Preprocess", dtype, dim, False), p, problem.keep_alive)
+        self.run(self.find("Preprocess", dtype, dim), p, problem.keep_alive)
         self.run(kernel, p, problem.keep_alive)
-        self.run(self.find("FinishDq", dtype, dim, False), p, problem.keep_alive)
-        return (*gradients, delta)
+        self.run(self.find("FinishDq", dtype, dim), p, problem.keep_alive)
+        return gradients

@@ -21,8 +21,8 @@ LIBRARY = "_C.abi3.so"
 
 def make_backends(config: Config) -> list[Backend]:
     """The host's, and the GPU's where one is asked for."""
-    gpu = {"cpu": [], "cuda": [CudaBackend], "hip": [HipBackend]}[config.backend]
-    return [CpuBackend(config), *(backend(config) for backend in gpu)]
+    gpu: dict[str, type[Backend]] = {"cuda": CudaBackend, "hip": HipBackend}
+    return [CpuBackend(config), *(gpu[name](config) for name in config.backends if name in gpu)]
 
 
 def configure(config: Config) -> tuple[Path, dict[str, object]]:

@@ -60,20 +60,25 @@ class Machine:
         return self.name.replace("-", "_")
 
     def padded(self, head_dim: int) -> int:
-        """The compiled size that serves a head dimension."""
-        return min(size for size in self.head_dims if size >= head_dim)
+        """The compiled size that serves a head dimension; 0 stays 0."""
+        return head_dim and min(size for size in self.head_dims if size >= head_dim)
+
+
+_X86 = ("x86_64", "AMD64")
+
+
+def _host(name: str, dtypes: tuple[str, ...], flags: tuple[str, ...], processors: tuple[str, ...] = _X86) -> Machine:
+    return Machine(name, "cpu", "cpu/arch.h", "Host", dtypes, flags, (64, 128, 256), processors)
 
 
 # The host's levels are those of the x86-64 psABI, and above them what multiplies bf16; "generic" runs anywhere, Arm
 # included. Host kernels skip the padding of head_dim, so few sizes do. Best machine first: cpu/machine.cpp.
-_HOST = {"backend": "cpu", "header": "cpu/arch.h", "arch": "Host", "head_dims": (64, 128, 256)}
-_X86 = ("x86_64", "AMD64")
 _V4 = ("-march=x86-64-v4", "-mprefer-vector-width=512")
 MACHINES = (
-    Machine("x86-64-v4-bf16", **_HOST, dtypes=("bf16",), flags=(*_V4, "-mavx512bf16"), processors=_X86),
-    Machine("x86-64-v4", **_HOST, dtypes=CPU_DTYPES, flags=_V4, processors=_X86),
-    Machine("x86-64-v3", **_HOST, dtypes=CPU_DTYPES, flags=("-march=x86-64-v3",), processors=_X86),
-    Machine("generic", **_HOST, dtypes=CPU_DTYPES),
+    _host("x86-64-v4-bf16", ("bf16",), (*_V4, "-mavx512bf16")),
+    _host("x86-64-v4", CPU_DTYPES, _V4),
+    _host("x86-64-v3", CPU_DTYPES, ("-march=x86-64-v3",)),
+    _host("generic", CPU_DTYPES, (), processors=()),
     Machine("sm80", "cuda", "cuda/sm80/arch.cuh", "Sm80", GPU_DTYPES),
     Machine("gfx90a", "hip", "hip/gfx90a/arch.cuh", "Gfx90a", GPU_DTYPES),
 )
@@ -149,6 +154,8 @@ def machines(config: Config, backend: str, processor: str) -> tuple[Machine, ...
     for arch in config.archs:
         if arch not in names and not CUDA_ARCH.fullmatch(arch):
             raise BuildError(f"FLASH_ATTENTION_ARCHS: must be of {', '.join(names)}, or CUDA's as in 80;90, got {arch!r}")
+    for size in {size for sizes in config.subset.values() for size in sizes} - set(HEAD_DIMS):
+        raise BuildError(f"FLASH_ATTENTION_INSTANCES: head dims must be of {HEAD_DIMS}, got {size}")
     known = [machine for machine in MACHINES if machine.backend == backend]
     built = [machine for machine in known if not machine.processors or processor in machine.processors]
     asked = [machine for machine in built if machine.name in config.archs]
@@ -160,12 +167,9 @@ def instances(machine: Machine, config: Config) -> Iterator[Instance]:
     for family in FAMILIES:
         modified = (False, True) if family.by_modified else (False,)
         for dtype in machine.dtypes:
-            head_dims = (0,)
-            if family.by_head_dim:
-                head_dims = sorted({machine.padded(size) for size in HEAD_DIMS if config.wants(dtype, size)})
-            elif not config.wants(dtype, 0):
-                continue
-            for row in product(head_dims, modified):
+            sizes = HEAD_DIMS if family.by_head_dim else (0,)
+            wanted = {machine.padded(size) for size in sizes if config.wants(dtype, size)}
+            for row in product(sorted(wanted), modified):
                 yield Instance(machine, family, dtype, *row)
 
 

@@ -64,7 +64,7 @@ def find_ninja() -> list[str]:
     if path is not None:
         return [path]
     try:
-        import ninja  # type: ignore[import-not-found]
+        import ninja
     except ImportError:
         raise BuildError("ninja was not found (pip install ninja)") from None
     return [os.path.join(ninja.BIN_DIR, "ninja")]

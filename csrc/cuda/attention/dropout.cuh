@@ -32,15 +32,22 @@ class Dropout {
     Accumulator::for_each_patch([&](int row, int col, const int(&reg)[8]) {
       uint32_t bits[4];
       random(uint32_t(row0 + row), uint32_t(col0 + col), bits);
+      const int corner = (row & 8 ? 2 : 0) + (col & 8 ? 1 : 0);  // which of the patch's four pairs the lane begins with
+      uint32_t pair[4];
+      FA_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t low = corner & 1 ? bits[i ^ 1] : bits[i], high = corner & 1 ? bits[i ^ 3] : bits[i ^ 2];
+        pair[i] = corner & 2 ? high : low;
+      }
       FA_UNROLL
       for (int e = 0; e < 8; ++e) {
-        if (reg[e] >= 0) f(reg[e], ((bits[e / 2] >> (16 * (e % 2))) & 0xffff) < threshold_);
+        if (reg[e] >= 0) f(reg[e], ((pair[e / 2] >> (16 * ((e ^ col) & 1))) & 0xffff) < threshold_);
       }
     });
   }
 
  private:
-  // The patch's first element is at (row, col): row % 16 < 8, col % 16 in {0, 2, 4, 6}.
+  // The bits of the patch that (row, col) lies in.
   FA_DEVICE void random(uint32_t row, uint32_t col, uint32_t (&out)[4]) const {
     uint32_t c0 = (row / 16) * 8 + row % 8, c1 = (col / 16) * 4 + (col % 8) / 2, c2 = sequence_, c3 = offset_;
     uint32_t k0 = key_[0], k1 = key_[1];

@@ -13,20 +13,27 @@ FA_HOST_DEVICE int max_int(int a, int b) { return a > b ? a : b; }
 // One sequence of the batch: its lengths and the row its tensors start at.
 struct Sequence {
   int len_q, len_k;
+  int stored_k;              // keys in the tensor; seqused_k may leave the last of them out
   int64_t first_q, first_k;  // rows; 0 when padded
 
   FA_DEVICE Sequence(const AttentionParams& p, int batch) {
     if (p.cu_seqlens_q != nullptr) {
-      first_q = p.cu_seqlens_q[batch];
-      first_k = p.cu_seqlens_k[batch];
-      len_q = p.cu_seqlens_q[batch + 1] - int(first_q);
-      len_k = p.cu_seqlens_k[batch + 1] - int(first_k);
+      read(p.cu_seqlens_q + batch, p.total_q, p.seqlen_q, first_q, len_q);
+      read(p.cu_seqlens_k + batch, p.total_k, p.seqlen_k, first_k, len_k);
     } else {
       first_q = first_k = 0;
       len_q = p.seqlen_q;
       len_k = p.seqlen_k;
     }
+    stored_k = len_k;
     if (p.seqused_k != nullptr) len_k = max_int(0, min_int(len_k, p.seqused_k[batch]));
+  }
+
+  // Boundaries on a device cannot be checked without waiting for it: whatever they hold, no row outside is touched.
+  static FA_DEVICE void read(const int32_t* ends, int total, int longest, int64_t& first, int& length) {
+    const int begin = max_int(0, min_int(ends[0], total)), end = min_int(ends[1], total);
+    first = begin;
+    length = max_int(0, min_int(end - begin, longest));
   }
 };
 

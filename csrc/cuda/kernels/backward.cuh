@@ -70,15 +70,10 @@ struct Backward {
   STile p_tile;
   DSTile ds_tile;
 
-  // Keys up to the padded end belong to somebody: those beyond seqused_k still need their zero gradient.
-  static FA_DEVICE int stored_keys(const Params& p, int batch) {
-    return p.cu_seqlens_k == nullptr ? p.seqlen_k : p.cu_seqlens_k[batch + 1] - p.cu_seqlens_k[batch];
-  }
-
   static FA_DEVICE void run(const Params& p, int64_t block, char* shared) {
     const Work work(p, uint32_t(block));
     const Sequence seq(p, work.batch);
-    if (work.key_begin < stored_keys(p, work.batch)) Backward(p, work, seq, shared).differentiate();
+    if (work.key_begin < seq.stored_k) Backward(p, work, seq, shared).differentiate();
   }
 
   FA_DEVICE Backward(const Params& p, const Work& work, const Sequence& seq, char* shared)
@@ -144,6 +139,7 @@ struct Backward {
       QTile q = q_tile(0), dout = do_tile(0);
       load_queries(q, dout, step);
       A::commit();
+      constexpr bool kAhead = kStages > 1 || A::kLoadsThroughRegisters;  // load the next Q and dO during a step
       for (int left = steps; left > 0; --left) {
         A::template wait<0>();
         if (left == steps) {
@@ -155,13 +151,13 @@ struct Backward {
         A::sync();  // Q and dO have arrived, and the last step's tiles are no longer read
         const Step following = next(step);
         QTile next_q = q_tile(following.stage), next_dout = do_tile(following.stage);
-        if (kStages > 1 && left > 1) {
+        if (kAhead && left > 1) {
           load_queries(next_q, next_dout, following);
           A::commit();
         }
         visit(step, q, dout, dk, dv);
-        if (kStages == 1 && left > 1) {
-          A::sync();
+        if (kStages == 1 && left > 1) A::sync();
+        if (!kAhead && left > 1) {
           load_queries(next_q, next_dout, following);
           A::commit();
         }
@@ -186,13 +182,14 @@ struct Backward {
 
     ds_tile.put(gradient);
     A::sync();
+    const int64_t block = step.head * query_blocks(p, kM) + first_query_block(p, work.batch, seq.first_q, kM) +
+                          step.query / kM;
+    const int turn = p.deterministic ? A::peek_turn(p.dq_turn + block) : 0;
     A::multiply_tn(dv, p_tile, dout);
     QueryGradient dq;
     dq.fill(Scalar(0));
     A::multiply_nn(dq, ds_tile, k_tile);
-    const int64_t block = step.head * query_blocks(p, kM) + first_query_block(p, work.batch, seq.first_q, kM) +
-                          step.query / kM;
-    if (p.deterministic) A::wait_turn(p.dq_turn + block, blocks_before(step.query));
+    if (p.deterministic) A::wait_turn(p.dq_turn + block, blocks_before(step.query), turn);
     A::accumulate(dq, static_cast<Scalar*>(p.dq_accum) + block * (kM * kD));
     A::multiply_tn(dk, ds_tile, q);
     if (p.deterministic) A::pass_turn(p.dq_turn + block);  // by now the additions have landed: nobody waits for them
@@ -255,9 +252,8 @@ struct Backward {
     A::sync();  // the tile held K or V
     staging.put(gradient);
     A::sync();
-    const int first_k = p.cu_seqlens_k == nullptr ? 0 : p.cu_seqlens_k[work.batch];
-    staging.write(head_rows<T>(dst, work.batch, work.kv_head, int64_t(first_k) + work.key_begin), dst.row_stride,
-                  stored_keys(p, work.batch) - work.key_begin, p.head_dim, aligned());
+    staging.write(head_rows<T>(dst, work.batch, work.kv_head, seq.first_k + work.key_begin), dst.row_stride,
+                  seq.stored_k - work.key_begin, p.head_dim, aligned());
   }
 };
 

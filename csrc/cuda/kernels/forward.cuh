@@ -107,6 +107,10 @@ struct Forward {
   FA_DEVICE bool aligned() const { return !kModified || p.aligned; }
   FA_DEVICE int rows() const { return min_int(kM, seq.len_q - work.query_begin); }
 
+  FA_DEVICE void load_queries() {
+    const T* q = head_rows<const T>(p.q, work.batch, work.head, seq.first_q + work.query_begin);
+    q_tile.load(q, p.q.row_stride, rows(), p.head_dim, aligned());
+  }
   FA_DEVICE void load_keys(int key) {
     k_tile.load(k + key * p.k.row_stride, p.k.row_stride, seq.len_k - key, p.head_dim, aligned());
   }
@@ -148,9 +152,8 @@ struct Forward {
     const bool several_chunks =
         p.split_size > 0 && p.num_splits == 1 && begin < end && begin / p.split_size != (end - 1) / p.split_size;
 
-    const T* q = head_rows<const T>(p.q, work.batch, work.head, seq.first_q + work.query_begin);
     if (begin < end) {
-      q_tile.load(q, p.q.row_stride, rows(), p.head_dim, aligned());
+      load_queries();
       load_keys(begin);
       A::commit();
     }
@@ -275,9 +278,11 @@ struct Forward {
                ((int64_t(work.batch) * p.heads_q + work.head) * p.seqlen_q + work.query_begin) * p.seqlen_k;
     for (int key = keys().begin; key < keys().end; key += kN) {
       A::sync();  // the last block's keys are no longer read
+      if (key == keys().begin) load_queries();  // an Arch may have held them in registers
       load_keys(key);
       A::commit();
       A::template wait<0>();
+      if (key == keys().begin) q_tile.land();
       k_tile.land();
       A::sync();
       Scores scores;

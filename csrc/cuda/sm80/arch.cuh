@@ -123,10 +123,10 @@ struct Sm80 {
       }
     }
 
-    static FA_DEVICE void wait_turn(int32_t* turn, int value) {
+    static FA_DEVICE int peek_turn(const int32_t* turn) { return threadIdx.x == 0 ? sm80::load_acquire(turn) : 0; }
+    static FA_DEVICE void wait_turn(int32_t* turn, int value, int peeked) {
       if (threadIdx.x == 0) {
-        while (sm80::load_acquire(turn) != value) {
-        }
+        while (peeked != value) peeked = sm80::load_acquire(turn);
       }
       __syncthreads();
     }

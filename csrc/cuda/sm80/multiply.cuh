@@ -18,17 +18,25 @@ struct SplitFloat {
   }
 };
 
-// c += a b for one left fragment per m tile and one right fragment of two n tiles.
+// c += a b for one left fragment per m tile and one right fragment of two n tiles. `Sum` is what a block-wide multiply
+// adds into, until finish().
 template <class T>
 struct Instruction {
   static constexpr int kStepK = 16;
 
-  template <class C, int M>
-  static FA_DEVICE void multiply(C& c, const uint32_t (&a)[M][4], const uint32_t (&b)[4], int pair) {
+  template <class C>
+  struct Sum {
+    C& c;
+    explicit FA_DEVICE Sum(C& c) : c(c) {}
+    FA_DEVICE void finish() {}
+  };
+
+  template <class S, int M>
+  static FA_DEVICE void multiply(S& sum, const uint32_t (&a)[M][4], const uint32_t (&b)[4], int pair) {
     FA_UNROLL
     for (int m = 0; m < M; ++m) {
-      mma(T{}, c.tile(m, 2 * pair), a[m], b[0], b[1]);
-      mma(T{}, c.tile(m, 2 * pair + 1), a[m], b[2], b[3]);
+      mma(T{}, sum.c.tile(m, 2 * pair), a[m], b[0], b[1]);
+      mma(T{}, sum.c.tile(m, 2 * pair + 1), a[m], b[2], b[3]);
     }
   }
 };
@@ -37,8 +45,30 @@ template <>
 struct Instruction<float> {
   static constexpr int kStepK = 8;
 
-  template <class C, int M>
-  static FA_DEVICE void multiply(C& c, const uint32_t (&a)[M][4], const uint32_t (&b)[4], int pair) {
+  // Tensor cores add with truncation. So, as far as registers go, sums are kept short, with the small products apart, and
+  // what a multiply gave is added with rounding to nearest.
+  template <class C>
+  struct Sum {
+    static constexpr bool kShort = C::kRegs <= 64, kApart = C::kRegs <= 32;
+    C& c;
+    C short_sum, small_sum;
+
+    explicit FA_DEVICE Sum(C& c) : c(c) {
+      if (kShort) short_sum.fill(0);
+      if (kApart) small_sum.fill(0);
+    }
+    FA_DEVICE C& large() { return kShort ? short_sum : c; }
+    FA_DEVICE C& small() { return kApart ? small_sum : large(); }
+    FA_DEVICE void finish() {
+      FA_UNROLL
+      for (int reg = 0; kShort && reg < C::kRegs; ++reg) {
+        c[reg] += kApart ? short_sum[reg] + small_sum[reg] : short_sum[reg];
+      }
+    }
+  };
+
+  template <class S, int M>
+  static FA_DEVICE void multiply(S& sum, const uint32_t (&a)[M][4], const uint32_t (&b)[4], int pair) {
     uint32_t b_hi[4], b_lo[4];
     split(b, b_hi, b_lo);
     FA_UNROLL
@@ -46,11 +76,11 @@ struct Instruction<float> {
       uint32_t a_hi[4], a_lo[4];
       split(a[m], a_hi, a_lo);
       FA_UNROLL
-      for (int half = 0; half < 2; ++half) {  // small terms first
-        float* tile = c.tile(m, 2 * pair + half);
-        mma_tf32(tile, a_lo, b_hi[2 * half], b_hi[2 * half + 1]);
-        mma_tf32(tile, a_hi, b_lo[2 * half], b_lo[2 * half + 1]);
-        mma_tf32(tile, a_hi, b_hi[2 * half], b_hi[2 * half + 1]);
+      for (int half = 0; half < 2; ++half) {
+        float* small = sum.small().tile(m, 2 * pair + half);
+        mma_tf32(small, a_lo, b_hi[2 * half], b_hi[2 * half + 1]);
+        mma_tf32(small, a_hi, b_lo[2 * half], b_lo[2 * half + 1]);
+        mma_tf32(sum.large().tile(m, 2 * pair + half), a_hi, b_hi[2 * half], b_hi[2 * half + 1]);
       }
     }
   }
@@ -72,6 +102,7 @@ template <class T, int K, class C, class LoadA, class LoadB>
 FA_DEVICE void multiply_pipelined(C& c, LoadA&& load_a, LoadB&& load_b) {
   constexpr int kSteps = K / Instruction<T>::kStepK, kPairs = C::kTilesN / 2;
   uint32_t a[2][C::kTilesM][4], b[2][4];
+  typename Instruction<T>::template Sum<C> sum(c);
   FA_UNROLL
   for (int m = 0; m < C::kTilesM; ++m) load_a(a[0][m], m, 0);
   load_b(b[0], 0, 0);
@@ -89,9 +120,10 @@ FA_DEVICE void multiply_pipelined(C& c, LoadA&& load_a, LoadB&& load_b) {
         FA_UNROLL
         for (int m = 0; m < C::kTilesM; ++m) load_a(a[(step + 1) % 2][m], m, step + 1);
       }
-      Instruction<T>::multiply(c, a[step % 2], b[now % 2], pair);
+      Instruction<T>::multiply(sum, a[step % 2], b[now % 2], pair);
     }
   }
+  sum.finish();
 }
 
 template <class T, class C, int M, int N, int K, int THREADS>

@@ -25,8 +25,9 @@
 //       static for_each(f(slot, row, col, reg))         every element the lane owns
 //       static for_each_patch(f(row, col, const int (&reg)[8]))
 //                                     the same in groups that share one random number (attention/dropout.cuh): element
-//                                     e of the patch at (row, col) is (row + 8 * (e / 4), col + 8 * (e / 2 % 2) + e % 2);
-//                                     a reg of -1 is an element that this lane does not own
+//                                     e of the patch seen from (row, col) is (row ^ 8 * (e / 4),
+//                                     col ^ (8 * (e / 2 % 2) + e % 2)), whichever of its eight (row, col) is; a reg of -1 is
+//                                     an element that this lane does not own
 //       max_rows(Rows&)               rows[slot] = max(rows[slot], row), complete in every lane; NaN is passed over
 //       sum_rows(Rows&)               rows[slot] += the lane's part of the row's sum
 //   A::Rows<Scalar, M, WARPS_M>       one value per row, replicated over the lanes that share it; Scalar may be int
@@ -46,8 +47,9 @@
 //   A::accumulate(acc, Scalar* dst)   dst[i] += acc, M * N values in the arch's own fragment order; atomic
 //   A::restore(acc, const Scalar* src)                the inverse: acc = src
 //   A::dot_rows<T, ROWS, D>(a, a_stride, b, b_stride, rows, cols, aligned, f(row, Scalar sum))   f: one lane per row
-//   A::wait_turn(int32_t* turn, int value), A::pass_turn(int32_t* turn)
-//                                     blocks take turns: wait until *turn == value; make the block's device-memory
+//   A::peek_turn(const int32_t* turn), A::wait_turn(int32_t* turn, int value, int peeked), A::pass_turn(int32_t* turn)
+//                                     blocks take turns: wait until *turn == value, unless it was so when
+//                                     peek_turn read it a while ago, off the critical path; make the block's device-memory
 //                                     writes visible, then ++*turn. Both include the barriers they need.
 #pragma once
 

@@ -202,8 +202,11 @@ struct Gfx90a::Block {
     }
   }
 
-  static FA_DEVICE void wait_turn(int32_t* turn, int value) {
-    if (lane() == 0) {
+  static FA_DEVICE int peek_turn(const int32_t* turn) {
+    return lane() == 0 ? __hip_atomic_load(turn, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT) : 0;
+  }
+  static FA_DEVICE void wait_turn(int32_t* turn, int value, int peeked) {
+    if (lane() == 0 && peeked != value) {
       while (__hip_atomic_load(turn, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT) != value) __builtin_amdgcn_s_sleep(1);
     }
     sync();

@@ -76,10 +76,12 @@ def apply_rotary(
 
 def _positions(x: Tensor, seqlen_offsets: int | Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Each row's position: int64 [batch, seqlen], or [total] for packed rows."""
+    if not isinstance(seqlen_offsets, int):
+        seqlen_offsets = seqlen_offsets.long()
     if cu_seqlens is None:
-        return seqlen_offsets.long()[:, None] + torch.arange(x.shape[1], device=x.device)
+        return torch.as_tensor(seqlen_offsets)[:, None] + torch.arange(x.shape[1], device=x.device)
     row = torch.arange(x.shape[0], device=x.device)
     sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), row.to(cu_seqlens.dtype), right=True)
     sequence = sequence.clamp(max=max(cu_seqlens.shape[0] - 2, 0))  # rows behind the last sequence
-    offset = seqlen_offsets if isinstance(seqlen_offsets, int) else seqlen_offsets.long()[sequence]
+    offset = seqlen_offsets if isinstance(seqlen_offsets, int) else seqlen_offsets[sequence]
     return row - cu_seqlens.long()[sequence] + offset
