@@ -126,6 +126,28 @@ FA_DEVICE int unhoisted(int x) {
   return x;
 }
 
+// A kernel's parameters where the launch put them. On AMD that is constant memory: scalar registers are few there.
+template <class Params>
+FA_DEVICE const Params& launched(const Params& p) {
+#if defined(__HIP_DEVICE_COMPILE__)
+  return *(const Params*)(const __attribute__((address_space(4))) Params*)__builtin_amdgcn_kernarg_segment_ptr();
+#else
+  return p;
+#endif
+}
+
+// launched() parameters, to be read again: what was read before need not be held in registers until now.
+template <class Params>
+FA_DEVICE const Params& reread(const Params& p) {
+#if defined(__HIP_DEVICE_COMPILE__)
+  auto* at = (const __attribute__((address_space(4))) Params*)&p;
+  asm volatile("" : "+s"(at));
+  return *(const Params*)at;
+#else
+  return p;
+#endif
+}
+
 // ---- 16-bit conversions ------------------------------------------------------------------------------------------
 
 enum class Rounding { kNearestEven, kTowardZero };

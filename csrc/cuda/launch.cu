@@ -89,6 +89,13 @@ bool stash_fits(const KernelInfo& kernel, const Queue& queue) {
          device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, queue);
 }
 
+// Whether the chunks' partial results stay within a tenth of the tensors: the mode may cost no more memory.
+bool partials_are_small(const ForwardParams& p, int chunks) {
+  const int64_t tensors = 2 * (int64_t(p.total_q) * p.heads_q + int64_t(p.total_k) * p.heads_kv) * p.head_dim;
+  const int64_t partials = int64_t(chunks) * p.batch * p.heads_q * p.seqlen_q * p.head_dim;
+  return partials * int64_t(sizeof(float)) * 10 <= tensors * int64_t(element_bytes(p.dtype));
+}
+
 Workspace plan_forward(ForwardParams& p, const Queue& queue) {
   const KernelInfo& kernel = forward_kernel(p);
   if (p.split_size < 0 || p.split_size % kernel.block_n != 0) {
@@ -106,9 +113,9 @@ Workspace plan_forward(ForwardParams& p, const Queue& queue) {
   const int key_blocks = ceil_div(p.seqlen_k, kernel.block_n);
   if (p.split_size > 0) {
     const int chunks = ceil_div(p.seqlen_k, p.split_size);
-    const bool alone = p.s_dmask != nullptr;
-    if (chunks > 1 && !alone && (blocks < room || !stash_fits(kernel, queue))) p.num_splits = chunks;
-    if (chunks > 1 && alone && !stash_fits(kernel, queue)) {
+    const bool alone = p.s_dmask != nullptr, fits = stash_fits(kernel, queue);
+    if (chunks > 1 && !alone && ((blocks < room && partials_are_small(p, chunks)) || !fits)) p.num_splits = chunks;
+    if (chunks > 1 && alone && !fits) {
       throw std::invalid_argument(
           "return_attn_probs with split_size needs more shared memory than this GPU has (use a split_size of at least "
           "the number of keys)");

@@ -90,8 +90,9 @@ class Problem(NamedTuple):
 
     def widened(self) -> "Problem":
         """The same numbers in float64, as new leaves."""
-        wide = [None if x is None else x.detach().double().requires_grad_() for x in self[:4]]
-        return Problem(*wide, self.arguments)  # type: ignore[arg-type]
+        q, k, v = (x.detach().double().requires_grad_() for x in (self.q, self.k, self.v))
+        sink = None if self.sink is None else self.sink.detach().double().requires_grad_()
+        return Problem(q, k, v, sink, self.arguments)
 
 
 def make(case: Case, dtype: torch.dtype, device: torch.device) -> Problem:
@@ -131,10 +132,10 @@ def run_kernels(case: Case, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """(out, lse, S_dmask) by the public functions."""
     arguments = problem.arguments | {"dropout_p": case.dropout_p, "s_aux": problem.sink, "return_attn_probs": True}
     if not case.packed:
-        return flash_attn_func(problem.q, problem.k, problem.v, **arguments)  # type: ignore[return-value]
+        return flash_attn_func(problem.q, problem.k, problem.v, **arguments)
     longest_q, longest_k = (max(lengths) for lengths in zip(*case.packed, strict=True))
     arguments |= {"max_seqlen_q": longest_q, "max_seqlen_k": longest_k}
-    return flash_attn_varlen_func(problem.q, problem.k, problem.v, **arguments)  # type: ignore[return-value]
+    return flash_attn_varlen_func(problem.q, problem.k, problem.v, **arguments)
 
 
 def run_reference(case: Case, problem: Problem, keep: Tensor | None) -> AttentionResult:

@@ -74,7 +74,10 @@ def show_devices() -> list[str]:
     for device in found:
         line(str(device), devices.describe(device))
     if backend is None and torch.cuda.is_available():
-        line("GPU", "torch sees one, but this build has CPU kernels only: rebuild with FLASH_ATTENTION_BACKEND=cuda or hip")
+        line(
+            "GPU",
+            "torch sees one, but this build has CPU kernels only: rebuild with FLASH_ATTENTION_BACKEND=cuda or hip",
+        )
     elif not torch.cuda.is_available():
         line("GPU", "none that torch can use" + ("" if backend is None else f" (kernels for {backend} are built)"))
     for device_type in dict.fromkeys(device.type for device in found):
@@ -106,7 +109,9 @@ def show_modes(backends: list[str], environment: Mapping[str, str]) -> None:
     mode = modes.get_deterministic_mode()
     split = "no split_size" if mode.split_size is None else f"split_size {mode.split_size}"
     line("deterministic", f"{on_or_off(modes.is_deterministic())} ({split})")
-    line("", f"set_deterministic_mode: {on_or_off(mode.enabled)}; {variable(modes.DETERMINISTIC_VARIABLE, environment)}")
+    line(
+        "", f"set_deterministic_mode: {on_or_off(mode.enabled)}; {variable(modes.DETERMINISTIC_VARIABLE, environment)}"
+    )
     for backend in backends:
         line("", f"{backend}: {DETERMINISTIC_MODE[backend]}")
     line("performance", on_or_off(modes.is_performance_mode()))

@@ -76,9 +76,9 @@ def draw(dtype: torch.dtype, device: torch.device, batch: int, seqlen_q: int, se
 
 def differentiate(q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> Result:
     """(out, lse, dq, dk, dv) of causal attention, with deterministic=True."""
-    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-    out, lse, _ = flash_attn_func(*leaves, causal=True, deterministic=True, return_attn_probs=True)
-    return out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, dout)
+    q, k, v = (x.detach().clone().requires_grad_() for x in (q, k, v))
+    out, lse, _ = flash_attn_func(q, k, v, causal=True, deterministic=True, return_attn_probs=True)
+    return out.detach(), lse.detach(), *torch.autograd.grad(out, (q, k, v), dout)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Result:
@@ -107,7 +107,9 @@ def prove_batch_invariant(dtype: torch.dtype, device: torch.device, sizes: Sizes
     inputs = draw(dtype, device, 8, sizes.seqlen, sizes.seqlen)
     whole = in_batches(8, differentiate, *inputs)
     ways = [Way("batch of 8", digest(*whole))]
-    ways += [Way(name, digest(*in_batches(size, differentiate, *inputs))) for name, size in (("4 + 4", 4), ("8 x 1", 1))]
+    ways += [
+        Way(name, digest(*in_batches(size, differentiate, *inputs))) for name, size in (("4 + 4", 4), ("8 x 1", 1))
+    ]
     group = HEADS_Q // HEADS_KV
     heads = [
         differentiate(*(x[:, :, at : at + size] for x, (at, size) in zip(inputs, spans, strict=True)))
@@ -133,11 +135,11 @@ def prove_packing(dtype: torch.dtype, device: torch.device, sizes: Sizes) -> Pro
     lengths = [sizes.seqlen, 1, sizes.seqlen // 3, 64]
     q, k, v, dout = (x[0] for x in draw(dtype, device, 1, sum(lengths), sum(lengths)))
     ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    at = ends.to(device)
-    arguments = {"causal": True, "deterministic": True, "return_attn_probs": True}
-    out, lse, _ = flash_attn_varlen_func(*leaves, at, at, max(lengths), max(lengths), **arguments)
-    packed = out.detach(), lse.detach().t(), *torch.autograd.grad(out, leaves, dout)
+    q, k, v = (x.clone().requires_grad_() for x in (q, k, v))
+    at, longest = ends.to(device), max(lengths)
+    with deterministic_mode(True):
+        out, lse, _ = flash_attn_varlen_func(q, k, v, at, at, longest, longest, causal=True, return_attn_probs=True)
+    packed = out.detach(), lse.detach().t(), *torch.autograd.grad(out, (q, k, v), dout)
     spans = [slice(begin, end) for begin, end in zip(ends.tolist(), ends.tolist()[1:], strict=False)]
     alone = [differentiate(*(x[None, span] for x in (q, k, v, dout))) for span in spans]
     rows = [tuple(x[0].t() if i == 1 else x[0] for i, x in enumerate(result)) for result in alone]
@@ -158,9 +160,13 @@ def prove_schedule_invariant(dtype: torch.dtype, device: torch.device, sizes: Si
             ways.append(Way(f"prefill in chunks of {chunk}", digest(*prefill_in_chunks(q, k, v, chunk))))
         ways.append(Way("row by row, KV cache", digest(*decode(q, k, v, None))))
         table = page_table(seqlen, device)
-        ways.append(Way("row by row, paged KV cache", digest(*decode(q, in_pages(k, table), in_pages(v, table), table))))
+        ways.append(
+            Way("row by row, paged KV cache", digest(*decode(q, in_pages(k, table), in_pages(v, table), table)))
+        )
         ways.append(Way("row by row, head by head", digest(*decode_heads(q, k, v))))
-        crowd = 64 if device.type == "cuda" else 3  # enough blocks to fill the device, so that each folds its own chunks
+        crowd = (
+            64 if device.type == "cuda" else 3
+        )  # enough blocks to fill the device, so that each folds its own chunks
         many = [x.expand(crowd, *x.shape[1:]) for x in (q, k, v)]
         ways.append(Way(f"in a batch of {crowd}", digest(*(x[1:2] for x in attend(*many)))))
     return Proof("schedule_invariant", f"{dtype_name(dtype)}, split_size {split}", ways)
@@ -194,11 +200,11 @@ def decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor | None) ->
         )
         for at in range(q.shape[1])
     ]
-    return join_rows(parts)  # type: ignore[arg-type]
+    return join_rows(parts)
 
 
 def decode_heads(q: Tensor, k: Tensor, v: Tensor) -> Result:
-    """`decode` with one head at a time: so few blocks that their keys are split over several, which a kernel combines."""
+    """`decode` with one head at a time: so few blocks that keys are split over several, and a kernel combines them."""
     group = HEADS_Q // HEADS_KV
     heads = []
     for head in range(HEADS_Q):

@@ -9,19 +9,39 @@ import torch
 from torch import Tensor
 
 # Where a distribution leaves the manual's topics out, the docstrings of these modules are there.
-DOCUMENTED = ("argparse", "asyncio", "collections", "ctypes", "datetime", "email", "http", "inspect", "logging", "typing")
+DOCUMENTED = (
+    "argparse",
+    "asyncio",
+    "collections",
+    "ctypes",
+    "datetime",
+    "email",
+    "http",
+    "inspect",
+    "logging",
+    "typing",
+)
+
+
+PLAIN_QUOTES = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2014": "-"})
 
 
 def corpus() -> str:
-    """Python's manual as `help()` knows it, in ASCII; about 400,000 characters."""
+    """The prose of Python's manual as `help()` knows it, in ASCII: a paragraph a line, about 300,000 characters."""
     try:
         topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
         pages = [topics[name] for name in sorted(topics)]
     except ImportError:
-        pages = [pydoc.render_doc(importlib.import_module(name), renderer=pydoc.plaintext) for name in DOCUMENTED]
-    text = "\n\n".join(pages)
-    text = re.sub(r"\n?[*=~^\"-]{5,}", "", text)  # underlines of headings
-    return re.sub(r" {2,}", " ", text).encode("ascii", "ignore").decode()
+        pages = [pydoc.plain(pydoc.render_doc(importlib.import_module(name))) for name in DOCUMENTED]
+    paragraphs = re.split(r"\n\s*\n", "\n\n".join(pages).translate(PLAIN_QUOTES))
+    prose = [" ".join(paragraph.split()) for paragraph in paragraphs if is_prose(paragraph)]
+    return "\n".join(prose).encode("ascii", "ignore").decode()
+
+
+def is_prose(paragraph: str) -> bool:
+    """Not a heading, an example or a grammar."""
+    is_sentence = re.fullmatch(r"\s*[A-Z*].*[.:]\s*", paragraph, re.DOTALL) is not None
+    return is_sentence and len(paragraph.split()) > 8 and ">>>" not in paragraph and "::=" not in paragraph
 
 
 class Vocabulary:

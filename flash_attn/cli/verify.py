@@ -1,4 +1,4 @@
-"""Correctness against the float64 reference and the guarantees' bits, as tables; the exit code says whether all hold."""
+"""Correctness against the float64 reference and the guarantees' bits, as tables; the exit code tells if all hold."""
 
 import argparse
 import time

@@ -3,6 +3,7 @@
 One class a backend (cpu.py, cuda.py, hip.py) lists compiler calls, ninja runs them, instances.py says what is compiled.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from tools.build import info, ninja_file
@@ -55,11 +56,12 @@ def configure(config: Config) -> tuple[Path, dict[str, object]]:
     return config.folder / library, about
 
 
-def build(config: Config, *, verbose: bool = False) -> tuple[Path, dict[str, object]]:
-    """Compiles what is out of date; returns the library's path and what it is."""
-    library, about = configure(config)
+def build(config: Config, targets: Iterable[str] = (), *, verbose: bool = False) -> tuple[Path, dict[str, object]]:
+    """Compiles what is out of date, or of that only the ninja targets; returns the library's path and what it is."""
     print(f"flash_attn: building for {' and '.join(config.backends)} in {config.folder} with {config.jobs} jobs")
-    ninja_file.run(config.folder, config.jobs, verbose=verbose)
+    with ninja_file.locked(config.folder):
+        library, about = configure(config)
+        ninja_file.run(config.folder, config.jobs, targets, verbose=verbose)
     return library, about
 
 

@@ -4,26 +4,26 @@ import argparse
 import sys
 import time
 
-from tools.build import BuildError, build, configure, from_environment, install, ninja_file
+from tools.build import BuildError, build, from_environment, install
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.build", description=__doc__)
-    parser.add_argument("targets", nargs="*", help="ninja targets to make instead of the library, such as obj/sm80/x.cu.o")
+    parser.add_argument(
+        "targets", nargs="*", help="ninja targets to make instead of the library, such as obj/sm80/x.cu.o"
+    )
     parser.add_argument("-v", "--verbose", action="store_true", help="show whole command lines")
     parser.add_argument("--no-install", action="store_true", help="leave the library in the build folder")
     arguments = parser.parse_args()
     start = time.perf_counter()
     try:
         config = from_environment()
-        if arguments.targets:
-            configure(config)
-            ninja_file.run(config.folder, config.jobs, arguments.targets, verbose=arguments.verbose)
-            return 0
-        library, about = build(config, verbose=arguments.verbose)
+        library, about = build(config, arguments.targets, verbose=arguments.verbose)
     except BuildError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    if arguments.targets:
+        return 0
     if not arguments.no_install:
         install(library, about, config.root / "flash_attn")
     size = library.stat().st_size / 2**20

@@ -1,13 +1,13 @@
 """What to build, as the environment asks for it.
 
-| variable                              | meaning                                                                       |
-| ------------------------------------- | ----------------------------------------------------------------------------- |
-| `FLASH_ATTENTION_BACKEND`             | `auto` (what the installed torch is), `cpu`, `cuda` or `hip`; cpu is always in |
-| `FLASH_ATTENTION_ARCHS`               | machine codes, `;` between them: `80;90`, `gfx90a`, `x86-64-v3`                |
-| `FLASH_ATTENTION_INSTANCES`           | a subset for quick builds: `bf16:64,128;fp32:64`                              |
-| `FLASH_ATTENTION_INTERNAL_USE_RTZ`    | `1` (default on AMD) builds the code that narrows toward zero, `0` leaves it out |
-| `FLASH_ATTENTION_TORCH`               | the folder of the torch package whose headers to use                          |
-| `MAX_JOBS`, `CXX`, `CUDA_HOME`        | compiler processes at once; compilers                                         |
+| variable                           | meaning                                                                        |
+| ---------------------------------- | ------------------------------------------------------------------------------ |
+| `FLASH_ATTENTION_BACKEND`          | `auto` (what the installed torch is), `cpu`, `cuda`, `hip`; cpu is always in   |
+| `FLASH_ATTENTION_ARCHS`            | machine codes, `;` between them: `80;90`, `gfx90a`, `x86-64-v3`                |
+| `FLASH_ATTENTION_INSTANCES`        | a subset for quick builds: `bf16:64,128;fp32:64`                               |
+| `FLASH_ATTENTION_INTERNAL_USE_RTZ` | `1` (default for hip) builds code that narrows toward zero, `0` leaves it out  |
+| `FLASH_ATTENTION_TORCH`            | the folder of the torch package whose headers to use                           |
+| `MAX_JOBS`, `CXX`, `CUDA_HOME`     | compiler processes at once; compilers                                          |
 """
 
 import os

@@ -55,4 +55,7 @@ class CpuBackend(Backend):
         return ("-pthread",)
 
     def describe(self) -> dict[str, object]:
-        return {"archs": [machine.name for machine in self.machines], "compiler": first_line(self.config.cxx, "--version")}
+        return {
+            "archs": [machine.name for machine in self.machines],
+            "compiler": first_line(self.config.cxx, "--version"),
+        }

@@ -11,7 +11,15 @@ from pathlib import Path
 from tools.build.backend import Backend, first_line
 from tools.build.config import Config
 from tools.build.errors import BuildError
-from tools.build.instances import CUDA_ARCH, Instance, Machine, instance_files, instances, machines, write_instance_files
+from tools.build.instances import (
+    CUDA_ARCH,
+    Instance,
+    Machine,
+    instance_files,
+    instances,
+    machines,
+    write_instance_files,
+)
 from tools.build.ninja_file import Rule, Step
 
 # Machine code for Ampere and Hopper, and PTX for whatever comes between and after.

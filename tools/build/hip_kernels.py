@@ -28,7 +28,12 @@ LDS_BYTES = 64 * 1024
 class KernelKey(ctypes.Structure):
     """KernelKey of core/registry.h."""
 
-    _fields_ = [("kind", ctypes.c_int8), ("dtype", ctypes.c_int8), ("head_dim", ctypes.c_int), ("modified", ctypes.c_bool)]
+    _fields_ = [
+        ("kind", ctypes.c_int8),
+        ("dtype", ctypes.c_int8),
+        ("head_dim", ctypes.c_int),
+        ("modified", ctypes.c_bool),
+    ]
 
 
 class KernelInfo(ctypes.Structure):
@@ -77,22 +82,25 @@ class CompiledKernel:
 def compile_kernels(config: Config, *, verbose: bool = False) -> Path:
     """Brings objects and table library up to date; returns the library."""
     hip = HipBackend(config)
-    hip.hipify()
-    steps = hip.kernel_steps()
-    rules = {**hip.rules(), "cxx": CpuBackend(config).rules()["cxx"]}
-    steps += hip.table_steps(steps)
-    ninja_file.write_if_changed(config.folder / "kernels.ninja", ninja_file.render(rules, steps, TABLE_LIBRARY))
     command = [*ninja_file.find_ninja(), "-C", str(config.folder), "-f", "kernels.ninja", "-j", str(config.jobs)]
-    sys.stdout.flush()
-    if subprocess.run([*command, *(["-v"] if verbose else [])]).returncode != 0:
-        raise BuildError(f"a compiler failed; its words are above (to repeat: {' '.join(command)})")
+    with ninja_file.locked(config.folder):
+        hip.hipify()
+        steps = hip.kernel_steps()
+        rules = {**hip.rules(), "cxx": CpuBackend(config).rules()["cxx"]}
+        steps += hip.table_steps(steps)
+        ninja_file.write_if_changed(config.folder / "kernels.ninja", ninja_file.render(rules, steps, TABLE_LIBRARY))
+        sys.stdout.flush()
+        if subprocess.run([*command, *(["-v"] if verbose else [])]).returncode != 0:
+            raise BuildError(f"a compiler failed; its words are above (to repeat: {' '.join(command)})")
     return config.folder / TABLE_LIBRARY
 
 
 def mangled_part(instance: Instance) -> str:
     """`Forward<...>` as it appears in its kernel's mangled name."""
     head_dim = instance.head_dim or int(instance.template.split(",")[2])
-    element = {"float": "f"}.get(ELEMENTS[instance.dtype], f"NS_{len(ELEMENTS[instance.dtype])}{ELEMENTS[instance.dtype]}E")
+    element = {"float": "f"}.get(
+        ELEMENTS[instance.dtype], f"NS_{len(ELEMENTS[instance.dtype])}{ELEMENTS[instance.dtype]}E"
+    )
     parts = (instance.family.name, instance.machine.arch)
     family, arch = (f"NS_{len(part)}{part}" for part in parts)
     return f"{family}I{arch}ENS_7ProblemI{element}Li{head_dim}ELb{int(instance.modified)}EEEE"
@@ -119,7 +127,19 @@ def compiled_kernels(config: Config, library: Path) -> Iterator[CompiledKernel]:
 
 def report(found: list[CompiledKernel]) -> str:
     """A line for every kernel."""
-    head = ("kernel", "rows x keys", "threads", "VGPR", "of them A", "SGPR", "waves", "LDS", "+ stash", "spills", "scratch")
+    head = (
+        "kernel",
+        "rows x keys",
+        "threads",
+        "VGPR",
+        "of them A",
+        "SGPR",
+        "waves",
+        "LDS",
+        "+ stash",
+        "spills",
+        "scratch",
+    )
     lines = [head]
     for kernel in found:
         info, used = kernel.info, kernel.resources
@@ -130,7 +150,9 @@ def report(found: list[CompiledKernel]) -> str:
         lines.append(tuple(str(value) for value in row))
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     text = (
-        "  ".join(value.ljust(width) if i == 0 else value.rjust(width) for i, (value, width) in enumerate(zip(line, widths)))
+        "  ".join(
+            value.ljust(width) if i == 0 else value.rjust(width) for i, (value, width) in enumerate(zip(line, widths, strict=True))
+        )
         for line in lines
     )
     return "\n".join(text)

@@ -34,9 +34,7 @@ def build_info(config: Config, backends: list[Backend]) -> dict[str, object]:
         "archs": {backend.name: backend.describe()["archs"] for backend in backends},
         "compiler": {backend.name: backend.describe()["compiler"] for backend in backends},
         "rtz": config.use_rtz,
-        "instances": {
-            machine.name: len(rows) for backend in backends for machine, rows in backend.tables().items()
-        },
+        "instances": {machine.name: len(rows) for backend in backends for machine, rows in backend.tables().items()},
         "torch_headers": config.torch.version,
         "source_digest": source_digest(config.root),
     }

@@ -153,7 +153,9 @@ def machines(config: Config, backend: str, processor: str) -> tuple[Machine, ...
     names = [machine.name for machine in MACHINES]
     for arch in config.archs:
         if arch not in names and not CUDA_ARCH.fullmatch(arch):
-            raise BuildError(f"FLASH_ATTENTION_ARCHS: must be of {', '.join(names)}, or CUDA's as in 80;90, got {arch!r}")
+            raise BuildError(
+                f"FLASH_ATTENTION_ARCHS: must be of {', '.join(names)}, or CUDA's as in 80;90, got {arch!r}"
+            )
     for size in {size for sizes in config.subset.values() for size in sizes} - set(HEAD_DIMS):
         raise BuildError(f"FLASH_ATTENTION_INSTANCES: head dims must be of {HEAD_DIMS}, got {size}")
     known = [machine for machine in MACHINES if machine.backend == backend]

@@ -1,10 +1,12 @@
 """Writes build.ninja and runs it."""
 
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,7 +41,7 @@ def escape(value: object) -> str:
 def quote(flag: str) -> str:
     """A flag as ninja hands it to the shell."""
     text = flag.replace("$", "$$")
-    return f"'{text}'" if any(char in text for char in " ;()<>*\"") else text
+    return f"'{text}'" if any(char in text for char in ' ;()<>*"') else text
 
 
 def render(rules: dict[str, Rule], steps: Iterable[Step], default: Path) -> str:
@@ -76,6 +78,19 @@ def run(folder: Path, jobs: int, targets: Iterable[str] = (), *, verbose: bool =
     sys.stdout.flush()
     if subprocess.run(command).returncode != 0:
         raise BuildError(f"a compiler failed; its words are above (to repeat: {' '.join(command)})")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds the build folder: a second build in it waits, since ninja's own records bear one writer only."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"flash_attn: waiting for another build in {folder}", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def write_if_changed(path: Path, text: str) -> None:

@@ -47,6 +47,18 @@ FA_DEVICE Scalar* head_rows(const RowsRef& t, int batch, int head, int64_t first
   return static_cast<Scalar*>(t.data) + batch * t.batch_stride + head * t.head_stride + first_row;
 }
 
+// Rows of a packed tensor behind the last sequence. They are no one's, and become zero: what a kernel leaves behind must
+// not depend on what the memory held. Each of a head's `items` blocks of the last sequence clears its share.
+template <class A, class Clear>
+FA_DEVICE void clear_spare_rows(const AttentionParams& p, const int32_t* ends, int total, int batch, int item, int items,
+                                Clear&& clear) {
+  if (ends == nullptr || batch != p.batch - 1) return;
+  const int first = max_int(0, min_int(ends[p.batch], total));
+  for (int row = first + item; row < total; row += items) {
+    for (int col = A::lane(); col < p.head_dim; col += A::kThreads) clear(int64_t(row), col);
+  }
+}
+
 // Mask semantics: key j is visible to query i iff j < len_k and i + shift - left <= j <= i + shift + right,
 // shift = len_k - len_q (bottom-right alignment), a negative bound meaning none.
 struct Mask {

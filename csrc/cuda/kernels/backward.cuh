@@ -72,6 +72,11 @@ struct Backward {
 
   static FA_DEVICE void run(const Params& p, int64_t block, char* shared) {
     const Work work(p, uint32_t(block));
+    clear_spare_rows<A>(p, p.cu_seqlens_k, p.total_k, work.batch, work.key_begin / kN, ceil_div(p.seqlen_k, kN),
+                        [&](int64_t row, int col) {
+                          head_rows<T>(p.dk, 0, work.kv_head, row)[col] = T{};
+                          head_rows<T>(p.dv, 0, work.kv_head, row)[col] = T{};
+                        });
     const Sequence seq(p, work.batch);
     if (work.key_begin < seq.stored_k) Backward(p, work, seq, shared).differentiate();
   }
@@ -166,8 +171,9 @@ struct Backward {
         dout = next_dout;
       }
     }
-    write(dk, p.dk, k_tile, Scalar(p.softmax_scale));
-    write(dv, p.dv, v_tile, Scalar(1));
+    const Params& again = reread(p);
+    write(dk, again.dk, k_tile, Scalar(again.softmax_scale));
+    write(dv, again.dv, v_tile, Scalar(1));
   }
 
   FA_DEVICE void visit(const Step& step, QTile& q, QTile& dout, KeyGradient& dk, KeyGradient& dv) {

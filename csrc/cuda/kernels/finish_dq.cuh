@@ -25,6 +25,8 @@ struct FinishDq {
     const int head = int(block / row_blocks % p.heads_q);
     const int batch = int(block / row_blocks / p.heads_q);
     const Sequence seq(p, batch);
+    clear_spare_rows<A>(p, p.cu_seqlens_q, p.total_q, batch, row_block, row_blocks,
+                        [&](int64_t row, int col) { head_rows<T>(p.dq, 0, head, row)[col] = T{}; });
     const int rows = seq.len_q - row_block * kBlockM;
     if (rows <= 0) return;
 

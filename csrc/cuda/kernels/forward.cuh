@@ -78,13 +78,15 @@ struct Forward {
   Scalar* const stashed_rows;
 
   static FA_DEVICE void run(const Params& p, int64_t block, char* shared) {
+    clear_rows_of_no_sequence(p, Work(p, uint32_t(block)));
     Forward self(p, uint32_t(block), shared);
-    if (self.work.query_begin >= self.seq.len_q) return;
-    Output output;
-    OnlineSoftmax<Scalar, Rows> softmax;
-    self.attend(output, softmax);
-    // Worked out again rather than held across the loop: registers are full.
-    Forward(p, uint32_t(unhoisted(int(block))), shared).write(output, softmax);
+    if (self.work.query_begin < self.seq.len_q) {
+      Output output;
+      OnlineSoftmax<Scalar, Rows> softmax;
+      self.attend(output, softmax);
+      // Worked out again rather than held across the loop: registers are full.
+      Forward(reread(p), uint32_t(unhoisted(int(block))), shared).write(output, softmax);
+    }
   }
 
   FA_DEVICE Forward(const Params& p, uint32_t block, char* shared)
@@ -131,6 +133,15 @@ struct Forward {
       for_each_hidden<Scores, IntRows>(mask, work.query_begin, key,
                                        [&](int reg) { scores[reg] = -infinity<Scalar>(); });
     }
+  }
+
+  static FA_DEVICE void clear_rows_of_no_sequence(const Params& p, const Work& work) {
+    const Scalar* sink = static_cast<const Scalar*>(p.sink);
+    clear_spare_rows<A>(p, p.cu_seqlens_q, p.total_q, work.batch, work.query_begin / kM, ceil_div(p.seqlen_q, kM),
+                        [&](int64_t row, int col) {
+                          head_rows<T>(p.out, 0, work.head, row)[col] = T{};
+                          *head_rows<Scalar>(p.lse, 0, work.head, row) = sink ? sink[work.head] : infinity<Scalar>();
+                        });
   }
 
   // Keys [begin, end) of this block; begin a multiple of kN.

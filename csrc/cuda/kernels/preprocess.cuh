@@ -25,6 +25,8 @@ struct Preprocess {
     const int head = int(block / row_blocks % p.heads_q);
     const int batch = int(block / row_blocks / p.heads_q);
     const Sequence seq(p, batch);
+    clear_spare_rows<A>(p, p.cu_seqlens_q, p.total_q, batch, first_row / kRows, row_blocks,
+                        [&](int64_t row, int) { *head_rows<Scalar>(p.delta, 0, head, row) = Scalar(0); });
     if (first_row >= seq.len_q) return;
 
     const int64_t row = seq.first_q + first_row;

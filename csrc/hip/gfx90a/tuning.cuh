@@ -25,7 +25,7 @@ struct Tuning<Kernel::kForward, T, D, MODIFIED> {
 template <class T, int D, bool MODIFIED>
 struct Tuning<Kernel::kBackward, T, D, MODIFIED> {
   static constexpr int kWarps = 4;
-  static constexpr bool kSmall = D * int(sizeof(T)) > 384;  // the gradients of 32 keys a wave would not fit in its registers
+  static constexpr bool kSmall = sizeof(T) == 2 ? D > 128 : D > 96;  // the gradients of 32 keys a wave would not fit in its registers
   static constexpr int kBlockM = kSmall ? 16 : 32;
   static constexpr int kBlockN = kSmall ? 64 : 128;
   static constexpr int kWarpsM = 1, kWarpsN = kWarps;
