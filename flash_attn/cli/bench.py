@@ -150,13 +150,25 @@ def ours(shape: Shape) -> Callable[..., Tensor]:
 
 
 def prepare(function: Callable[..., Tensor], shape: Shape, inputs: Sequence[Tensor]) -> Call:
-    """The forward, or the backward of an output computed here."""
-    *qkv, dout = inputs
-    if shape.which == "forward":
-        return partial(function, *qkv)
-    leaves = [x.detach().requires_grad_() for x in qkv]
-    out = function(*leaves)
-    return partial(torch.autograd.grad, out, leaves, dout, retain_graph=True)
+    """The call that the row measures."""
+    return (prepare_forward if shape.which == "forward" else prepare_backward)(function, inputs)
+
+
+def prepare_forward(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Call:
+    """A forward that records nothing for a backward; inputs are q, k, v, dout."""
+    return partial(function, *inputs[:3])
+
+
+def prepare_backward(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Call:
+    """The backward of an output computed here."""
+    leaves = [x.detach().requires_grad_() for x in inputs[:3]]
+    return partial(torch.autograd.grad, function(*leaves), leaves, inputs[3], retain_graph=True)
+
+
+def prepare_both(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Call:
+    """A forward and its backward."""
+    leaves = [x.detach().requires_grad_() for x in inputs[:3]]
+    return lambda: torch.autograd.grad(function(*leaves), leaves, inputs[3])
 
 
 @contextmanager

@@ -27,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int, default=DEFAULT.width, help=f"of the model, for {DEFAULT.heads} heads")
     parser.add_argument("--seqlen", type=int, default=DEFAULT.seqlen)
     parser.add_argument("--batch", type=int, default=DEFAULT.batch)
-    parser.add_argument("--vocabulary", type=int, default=1024, help="letters and frequent words (default %(default)s)")
-    parser.add_argument("--sample", type=int, default=100, help="tokens to write after training (default %(default)s)")
+    parser.add_argument("--vocabulary", type=int, default=2048, help="letters and frequent words (default %(default)s)")
+    parser.add_argument("--sample", type=int, default=60, help="tokens to write after training (default %(default)s)")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -18,8 +18,8 @@ class Settings(NamedTuple):
     width: int = 128
     heads: int = 4
     seqlen: int = 128
-    batch: int = 16
-    steps: int = 200
+    batch: int = 8
+    steps: int = 300
     learning_rate: float = 4e-3
     seed: int = 0
 

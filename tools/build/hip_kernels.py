@@ -140,7 +140,7 @@ def report(found: list[CompiledKernel]) -> str:
         "spills",
         "scratch",
     )
-    lines = [head]
+    lines: list[tuple[str, ...]] = [head]
     for kernel in found:
         info, used = kernel.info, kernel.resources
         block = f"{info.block_m} x {info.block_n}"
@@ -151,7 +151,8 @@ def report(found: list[CompiledKernel]) -> str:
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     text = (
         "  ".join(
-            value.ljust(width) if i == 0 else value.rjust(width) for i, (value, width) in enumerate(zip(line, widths, strict=True))
+            value.ljust(width) if i == 0 else value.rjust(width)
+            for i, (value, width) in enumerate(zip(line, widths, strict=True))
         )
         for line in lines
     )

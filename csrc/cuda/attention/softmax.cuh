@@ -11,43 +11,41 @@ namespace flash_attn {
 
 template <class Scalar, class Rows>
 struct OnlineSoftmax {
-  Rows max;  // of the raw scores; -inf while the row has seen no key
+  Rows max;  // log2 units; kNoKey while the row has seen no key, -inf instead after finish()
   Rows sum;  // this lane's part until finish()
 
+  // Finite, so that exp2(-inf - kNoKey) is 0 and exp2(kNoKey - kNoKey) 1: rows without keys need no branch.
+  static constexpr Scalar kNoKey = Scalar(-3.4028234663852886e38);
+
   FA_DEVICE void clear() {
-    max.fill(-infinity<Scalar>());
+    max.fill(kNoKey);
     sum.fill(Scalar(0));
   }
 
-  // The row's reference exponent; 0 for a row without keys, so that no inf - inf arises.
-  static FA_DEVICE Scalar reference(Scalar raw_max, Scalar scale_log2) {
-    return raw_max == -infinity<Scalar>() ? Scalar(0) : raw_max * scale_log2;
-  }
-
-  // Turns raw scores into exp2(score - max), rescales the output and adds to the sums.
+  // Turns raw scores into exp2(score - max), rescales the output and adds to the sums. scale_log2 is positive, so the
+  // maximum of the scaled scores is the scaled maximum.
   template <class Scores, class Output>
   FA_DEVICE void update(Scores& scores, Output& output, Scalar scale_log2) {
-    Rows negated, rescale;
-    Rows previous = max;
-    scores.max_rows(max);
+    Rows block_max, rescale;
+    block_max.fill(-infinity<Scalar>());
+    scores.max_rows(block_max);
     Rows::for_each([&](int slot, int, bool) {
-      const Scalar ref = reference(max[slot], scale_log2);
-      negated[slot] = -ref;
-      rescale[slot] = exp2_fast(previous[slot] * scale_log2 - ref);
+      const Scalar scaled = block_max[slot] * scale_log2, former = max[slot];
+      max[slot] = scaled > former ? scaled : former;
+      rescale[slot] = exp2_fast(former - max[slot]);
       sum[slot] *= rescale[slot];
     });
     Output::for_each([&](int slot, int, int, int reg) { output[reg] *= rescale[slot]; });
     Scores::for_each([&](int slot, int, int, int reg) {
-      scores[reg] = exp2_fast(fma_rn(scores[reg], scale_log2, negated[slot]));
+      scores[reg] = exp2_fast(fma_rn(scores[reg], scale_log2, -max[slot]));
     });
     scores.sum_rows(sum);
   }
 
-  // Completes the sums and turns max into log2 units.
-  FA_DEVICE void finish(Scalar scale_log2) {
+  FA_DEVICE void finish() {
     sum.finish_sum();
     Rows::for_each([&](int slot, int, bool) {
-      if (max[slot] != -infinity<Scalar>()) max[slot] *= scale_log2;
+      if (max[slot] == kNoKey) max[slot] = -infinity<Scalar>();
     });
   }
 };

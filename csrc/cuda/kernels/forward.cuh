@@ -186,7 +186,7 @@ struct Forward {
       });
       stash.take(output);
     } else {
-      softmax.finish(modifier.scale_log2());
+      softmax.finish();
     }
   }
 
@@ -233,7 +233,7 @@ struct Forward {
 
   // Folds a finished chunk into the stash and starts the next from scratch.
   FA_DEVICE void fold(Output& output, OnlineSoftmax<Scalar, Rows>& softmax) {
-    softmax.finish(modifier.scale_log2());
+    softmax.finish();
     Rows keep, add;
     Rows::for_each([&](int slot, int, bool) {
       fold_weights(stashed_max(slot), stashed_sum(slot), softmax.max[slot], softmax.sum[slot], keep[slot], add[slot]);

@@ -49,7 +49,7 @@ struct Instruction<float> {
   // what a multiply gave is added with rounding to nearest.
   template <class C>
   struct Sum {
-    static constexpr bool kShort = C::kRegs <= 64, kApart = C::kRegs <= 32;
+    static constexpr bool kShort = C::kRegs <= 64, kApart = C::kRegs < 32;
     C& c;
     C short_sum, small_sum;
 
