@@ -18,6 +18,11 @@ from tools.build import BuildError, from_environment
 from tools.build.cuda import CudaBackend, compiler_path
 from tools.build.instances import FAMILIES, Instance, InstanceFile
 
+# Spill stores, in bytes, that a kernel may have. The plain forward at 128 needs some ten words more than the 255 registers
+# of a thread; what it spills is read once a key block, outside the multiplies. Sharing address registers between K and V
+# avoids it, and costs a tenth of the speed: their fragments then need moves.
+ALLOWED_BYTES = {"forward_bf16_d128_plain": 80, "forward_fp16_d128_plain": 80}
+
 HEADER = re.compile(r"Compiling entry function '(?P<entry>\w+)' for '(?P<arch>\w+)'")
 SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 REGISTERS = re.compile(r"Used (\d+) registers")
@@ -53,12 +58,12 @@ def parse_ptxas(text: str) -> list[Usage]:
 
 
 def default_choice(rows: list[Instance]) -> list[Instance]:
-    """One of each family and dtype: head dim 128 where there is a choice, plain."""
-    chosen: dict[tuple[str, str], Instance] = {}
-    for row in rows:
-        if row.head_dim in (0, 128) and not row.modified:
-            chosen.setdefault((row.family.name, row.dtype), row)
-    return list(chosen.values())
+    """Of each family and dtype, plain: head dim 128 where there is a choice, and 96 of the forward."""
+    return [
+        row
+        for row in rows
+        if not row.modified and (row.head_dim in (0, 128) or (row.head_dim == 96 and row.family.name == "Forward"))
+    ]
 
 
 def usages_of(instance: Instance, backend: CudaBackend, folder: Path) -> list[Usage]:
@@ -101,10 +106,11 @@ def main() -> int:
     spilled = 0
     for row, usages in zip(chosen, reports, strict=True):
         for usage in usages:
-            spilled += usage.spills
-            verdict = f"SPILLS {usage.spill_store_bytes} bytes" if usage.spills else "ok"
+            too_much = usage.spills and usage.spill_store_bytes > ALLOWED_BYTES.get(row.name, 0)
+            spilled += too_much
+            verdict = f"{'SPILLS' if too_much else 'ok,'} {usage.spill_store_bytes} bytes" if usage.spills else "ok"
             print(f"{row.name:32} {usage.arch}  {usage.registers:3} registers, {usage.stack_bytes} stack  {verdict}")
-    print(f"spills: {spilled} of {sum(map(len, reports))} kernels in {len(FAMILIES)} families spill")
+    print(f"spills: {spilled} of {sum(map(len, reports))} kernels in {len(FAMILIES)} families spill more than allowed")
     return 1 if spilled else 0
 
 

@@ -26,6 +26,9 @@ class Rows {
     FA_VECTORISE
     for (int row = 0; row < M; ++row) f(row, row, true);
   }
+  FA_INLINE void read(const S* src, int count, S beyond) {
+    for (int row = 0; row < M; ++row) values_[row] = row < count ? src[row] : beyond;
+  }
   FA_INLINE void finish_sum() {}  // sum_rows left nothing to do
 
  private:

@@ -208,13 +208,11 @@ struct Backward {
   }
 
   FA_DEVICE void load_rows(const Step& step, Rows& negated_lse, Rows& delta) {
-    const Scalar* lse_rows = head_rows<const Scalar>(p.lse, work.batch, step.head, seq.first_q + step.query);
-    const Scalar* delta_rows = head_rows<const Scalar>(p.delta, work.batch, step.head, seq.first_q + step.query);
-    Rows::for_each([&](int slot, int row, bool) {
-      const bool present = step.query + row < seq.len_q;
-      negated_lse[slot] = present ? lse_rows[row] * Scalar(-kLog2E) : -infinity<Scalar>();
-      delta[slot] = present ? delta_rows[row] : Scalar(0);
-    });
+    const int rows = seq.len_q - step.query;
+    negated_lse.read(head_rows<const Scalar>(p.lse, work.batch, step.head, seq.first_q + step.query), rows,
+                     infinity<Scalar>());
+    delta.read(head_rows<const Scalar>(p.delta, work.batch, step.head, seq.first_q + step.query), rows, Scalar(0));
+    Rows::for_each([&](int slot, int, bool) { negated_lse[slot] *= Scalar(-kLog2E); });
   }
 
   // scores: raw scores to P as dV needs it, put into p_tile; gradient: dP to dS.

@@ -31,6 +31,10 @@ struct Rows {
     for (int slot = 0; slot < kSlots; ++slot) f(slot, first + slot * 8, owner);
   }
 
+  FA_DEVICE void read(const Scalar* src, int count, Scalar beyond) {
+    for_each([&](int slot, int row, bool) { value[slot] = row < count ? src[row] : beyond; });
+  }
+
   FA_DEVICE void finish_sum() {
     FA_UNROLL
     for (int slot = 0; slot < kSlots; ++slot) {

@@ -24,7 +24,7 @@ template <class T>
 struct Instruction {
   static constexpr int kStepK = 16;
 
-  template <class C>
+  template <class C, bool PRECISE>
   struct Sum {
     C& c;
     explicit FA_DEVICE Sum(C& c) : c(c) {}
@@ -45,11 +45,11 @@ template <>
 struct Instruction<float> {
   static constexpr int kStepK = 8;
 
-  // Tensor cores add with truncation. So, as far as registers go, sums are kept short, with the small products apart, and
-  // what a multiply gave is added with rounding to nearest.
-  template <class C>
+  // Tensor cores add with truncation. So, as far as registers go, sums are kept short, scores (PRECISE, since they are
+  // exponentiated) have their small products apart, and what a multiply gave is added with rounding to nearest.
+  template <class C, bool PRECISE>
   struct Sum {
-    static constexpr bool kShort = C::kRegs <= 64, kApart = C::kRegs < 32;
+    static constexpr bool kShort = C::kRegs <= 64, kApart = PRECISE && C::kRegs <= 32;
     C& c;
     C short_sum, small_sum;
 
@@ -98,11 +98,11 @@ struct Instruction<float> {
 
 // All steps of K, each fragment loaded one multiply ahead of its use: load_a(fragment, m, step) and
 // load_b(fragment, pair of n tiles, step). Loads and multiplies are volatile, so the order written is the order kept.
-template <class T, int K, class C, class LoadA, class LoadB>
+template <class T, int K, bool PRECISE = false, class C, class LoadA, class LoadB>
 FA_DEVICE void multiply_pipelined(C& c, LoadA&& load_a, LoadB&& load_b) {
   constexpr int kSteps = K / Instruction<T>::kStepK, kPairs = C::kTilesN / 2;
   uint32_t a[2][C::kTilesM][4], b[2][4];
-  typename Instruction<T>::template Sum<C> sum(c);
+  typename Instruction<T>::template Sum<C, PRECISE> sum(c);
   FA_UNROLL
   for (int m = 0; m < C::kTilesM; ++m) load_a(a[0][m], m, 0);
   load_b(b[0], 0, 0);
@@ -128,7 +128,7 @@ FA_DEVICE void multiply_pipelined(C& c, LoadA&& load_a, LoadB&& load_b) {
 
 template <class T, class C, int M, int N, int K, int THREADS>
 FA_DEVICE void multiply_nt(C& c, const Tile<T, M, K, THREADS>& a, const Tile<T, N, K, THREADS>& b) {
-  multiply_pipelined<T, K>(
+  multiply_pipelined<T, K, true>(
       c, [&](uint32_t(&f)[4], int m, int step) { a.load_mk(f, c.warp_row(), 16 * m, step); },
       [&](uint32_t(&f)[4], int pair, int step) { b.load_nk(f, c.warp_col(), 16 * pair, step); });
 }

@@ -93,9 +93,14 @@ class Tile {
   }
   template <int SPAN>
   FA_DEVICE void load_kn(uint32_t (&b)[4], int warp_col, int col, int step) const {
-    uint32_t x[4];
-    load_km<SPAN>(x, warp_col, col, step);
-    b[0] = x[0], b[1] = x[2], b[2] = x[1], b[3] = x[3];
+    if constexpr (kIsFloat) {
+      uint32_t x[4];
+      load_km<SPAN>(x, warp_col, col, step);
+      b[0] = x[0], b[1] = x[2], b[2] = x[1], b[3] = x[3];
+    } else {
+      const uint32_t lane = lane_of_warp();
+      ldmatrix_transposed(b, at<SPAN>(lane % 16, lane / 16, warp_col / 8, col / 8) + step * 16 * kRowBytes);
+    }
   }
 
   // fp32: a left fragment in the order of k that load_kn has.

@@ -33,6 +33,7 @@
 //   A::Rows<Scalar, M, WARPS_M>       one value per row, replicated over the lanes that share it; Scalar may be int
 //       kSlots, fill(x), Scalar& operator[](int slot)
 //       static for_each(f(slot, row, bool owner))       owner: true in exactly one lane for each row
+//       read(const Scalar* src, int count, Scalar beyond)   rows[slot] = src[row]; from row `count` on `beyond`, unread
 //       finish_sum()                  completes sums started with sum_rows
 //   A::Operand<T, M, K, WARPS_M>      an accumulator narrowed to T, as a left factor in registers
 //       Operand(const Accumulator&)

@@ -52,6 +52,36 @@ class Rows {
     }
   }
 
+  FA_DEVICE void read(const Scalar* src, int count, Scalar beyond) {
+    static_assert(sizeof(Scalar) == 4);
+    const Buffer buffer(src, count > 0 ? uint32_t(count < M ? count : M) * 4 : 0);
+    FA_UNROLL
+    for (int tile = 0; tile < Layout::kTiles; ++tile) {
+      const int first = Layout::wave_m() * Layout::kWaveRows + tile * Layout::kTile;
+      if constexpr (Layout::kLaneOwnsRow) {
+        const int row = first + S::lane_row();
+        const Scalar x = buffer.read(4 * row);
+        values_[tile] = row < count ? x : beyond;
+      } else {
+        FA_UNROLL
+        for (int i = 0; i < S::kRegs; i += 4) {
+          Scalar* quad = values_ + tile * S::kRegs + i;
+          const int row = first + S::result_row(i);
+          if (count >= M) {
+            const Vector<float, 4> four = buffer.read_four(4 * row);
+            quad[0] = four.x, quad[1] = four.y, quad[2] = four.z, quad[3] = four.w;
+          } else {  // a quad may lie across the end
+            FA_UNROLL
+            for (int k = 0; k < 4; ++k) {
+              const Scalar x = buffer.read(4 * (row + k));
+              quad[k] = row + k < count ? x : beyond;
+            }
+          }
+        }
+      }
+    }
+  }
+
   FA_DEVICE void finish_sum() {
     static_assert(Layout::kLaneOwnsRow, "rows are reduced where lanes own them");
     reduce([](Scalar x, Scalar y) { return x + y; });

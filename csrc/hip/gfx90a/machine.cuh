@@ -37,9 +37,12 @@ struct Shape {
 // The tile for an extent that one wave covers.
 constexpr int tile_for(int extent) { return extent % 32 == 0 ? 32 : 16; }
 
+template <class T>
+using Bits = std::conditional_t<sizeof(T) == 4, float, uint16_t>;  // an element, as it is moved
+
 // Four consecutive k of a row.
 template <class T>
-using Quad = Vector<std::conditional_t<std::is_same_v<T, float>, float, uint16_t>, 4>;
+using Quad = Vector<Bits<T>, 4>;
 
 // Quads that one 16-byte access brings.
 template <class T>
@@ -49,7 +52,7 @@ template <class T>
 constexpr int kChunkElements = 16 / sizeof(T);
 
 template <class T>
-using Chunk = Vector<std::conditional_t<std::is_same_v<T, float>, float, uint16_t>, kChunkElements<T>>;
+using Chunk = Vector<Bits<T>, kChunkElements<T>>;
 
 template <class T>
 FA_DEVICE Quad<T> quad_of(const Chunk<T>& chunk, int q) {
@@ -136,16 +139,41 @@ FA_DEVICE float exchange(float x, int mask) {
 // fmaxf would first make signalling NaNs quiet.
 FA_DEVICE float max_number(float x, float y) { return __builtin_amdgcn_fmed3f(x, y, infinity<float>()); }
 
-template <class T>
-using Bits = std::conditional_t<sizeof(T) == 4, float, uint16_t>;
 
-// Rows of a matrix in device memory, read 16 bytes a lane through a buffer descriptor: what lies behind its end reads as
-// zero, and no branch is needed for it. Wants AttentionParams::aligned.
+// Device memory from `base` (the same in every lane), read through a descriptor: what lies at `bytes` and beyond reads as
+// zero, and no branch is needed for it. Offsets are in bytes.
+class Buffer {
+ public:
+  FA_DEVICE Buffer(const void* base, uint32_t bytes) {
+    const uint64_t at = reinterpret_cast<uint64_t>(base);
+    descriptor_ = Vector<int, 4>{
+        __builtin_amdgcn_readfirstlane(int(at)),
+        __builtin_amdgcn_readfirstlane(int(at >> 32) & 0xffff),  // stride 0: bytes, not records
+        __builtin_amdgcn_readfirstlane(int(bytes)),
+        0x00020000,  // 32-bit data
+    };
+  }
+  FA_DEVICE Vector<float, 4> read_four(uint32_t offset) const { return load_four(descriptor_, int(offset), 0, 0); }
+  FA_DEVICE float read(uint32_t offset) const { return load_one(descriptor_, int(offset), 0, 0); }
+  FA_DEVICE uint16_t read_half(uint32_t offset) const { return uint16_t(load_half(descriptor_, int(offset), 0, 0)); }
+
+ private:
+  static __device__ Vector<float, 4> load_four(Vector<int, 4> descriptor, int offset, int uniform_offset,
+                                               int policy) __asm("llvm.amdgcn.raw.buffer.load.v4f32");
+  static __device__ float load_one(Vector<int, 4> descriptor, int offset, int uniform_offset,
+                                   int policy) __asm("llvm.amdgcn.raw.buffer.load.f32");
+  static __device__ int16_t load_half(Vector<int, 4> descriptor, int offset, int uniform_offset,
+                                      int policy) __asm("llvm.amdgcn.raw.buffer.load.i16");
+
+  Vector<int, 4> descriptor_;
+};
+
+// Rows of a matrix in device memory, in 16-byte chunks. Wants AttentionParams::aligned.
 template <class T>
 class AlignedRows {
  public:
   FA_DEVICE AlignedRows(const T* src, int64_t row_stride, int rows, int cols)
-      : base_(reinterpret_cast<uint64_t>(src)),
+      : base_(reinterpret_cast<const char*>(src)),
         cols_(cols),
         row_bytes_(rows > 1 ? uint32_t(row_stride) * uint32_t(sizeof(T)) & kMaxRowBytes : kMaxRowBytes),
         bytes_(rows > 0 ? (rows - 1) * row_bytes_ + cols * uint32_t(sizeof(T)) : 0) {}
@@ -153,45 +181,53 @@ class AlignedRows {
   // Row first_row + row; first_row is the same in every lane.
   FA_DEVICE Chunk<T> read(int first_row, int row, int col) const {
     const uint32_t skipped = first_row * row_bytes_;
-    const uint64_t base = base_ + skipped;
-    const Vector<int, 4> descriptor = {
-        __builtin_amdgcn_readfirstlane(int(base)),
-        __builtin_amdgcn_readfirstlane(int(base >> 32) & 0xffff),  // stride 0: records are bytes
-        __builtin_amdgcn_readfirstlane(int(bytes_ > skipped ? bytes_ - skipped : 0)),
-        0x00020000,  // 32-bit data
-    };
-    const uint32_t offset = col < cols_ ? uint32_t(row) * row_bytes_ + col * uint32_t(sizeof(T)) : kBehindTheEnd;
-    return __builtin_bit_cast(Chunk<T>, raw_buffer_load(descriptor, int(offset), 0, 0));
+    const Buffer buffer(base_ + skipped, bytes_ > skipped ? bytes_ - skipped : 0);
+    return __builtin_bit_cast(Chunk<T>, buffer.read_four(offset(row, col)));
+  }
+  FA_DEVICE Bits<T> read_element(int row, int col) const {
+    const Buffer buffer(base_, bytes_);
+    if constexpr (sizeof(T) == 4) {
+      return buffer.read(offset(row, col));
+    } else {
+      return buffer.read_half(offset(row, col));
+    }
   }
 
  private:
-  static constexpr uint32_t kBehindTheEnd = uint32_t(-16);  // an inline constant
-  static constexpr uint32_t kMaxRowBytes = (1 << 24) - 1;  // 24 bits multiply fast; a single row may have any stride
+  FA_DEVICE uint32_t offset(int row, int col) const {
+    return col < cols_ ? uint32_t(row) * row_bytes_ + col * uint32_t(sizeof(T)) : kBehindTheEnd;
+  }
 
-  static __device__ Vector<int, 4> raw_buffer_load(Vector<int, 4> descriptor, int offset, int uniform_offset,
-                                                   int policy) __asm("llvm.amdgcn.raw.buffer.load.v4i32");
+  static constexpr uint32_t kBehindTheEnd = uint32_t(-16);   // an inline constant
+  static constexpr uint32_t kMaxRowBytes = (1 << 24) - 1;    // 24 bits multiply fast; a single row may have any stride
 
-  uint64_t base_;
+  const char* base_;
   int cols_;
   uint32_t row_bytes_, bytes_;
 };
 
-// N elements of device memory at base[offset], those at `count` and beyond zero and unread. `base` is the same in every
-// lane, so that only the offset needs a register. With `vectors` whole vectors are read: base and offset are aligned,
-// count is 0 or less or at least N, and offsets stay below 2^31 bytes (see AttentionParams::aligned).
+// A chunk of device memory whose elements at `count` and beyond are zero and unread: where nothing is known of its alignment.
+template <class T>
+FA_DEVICE Chunk<T> read_elements(const T* src, int count) {
+  Chunk<T> x = {};
+  FA_UNROLL
+  for (int i = 0; i < kChunkElements<T>; ++i) {
+    if (i < count) x[i] = reinterpret_cast<const Bits<T>*>(src)[i];
+  }
+  return x;
+}
+
+// The first `count` of N elements. With `vectors` dst is aligned, and count is 0 or less or at least N.
 template <class T, int N>
-FA_DEVICE Vector<Bits<T>, N> read_elements(const T* base, int64_t offset, int count, bool vectors) {
-  using V = Vector<Bits<T>, N>;
-  V x = {};
+FA_DEVICE void write_elements(T* dst, const Vector<Bits<T>, N>& x, int count, bool vectors) {
   if (vectors) {
-    if (count > 0) x = *reinterpret_cast<const V*>(reinterpret_cast<const char*>(base) + uint32_t(offset) * uint32_t(sizeof(T)));
+    if (count > 0) *reinterpret_cast<Vector<Bits<T>, N>*>(dst) = x;
   } else {
     FA_UNROLL
     for (int i = 0; i < N; ++i) {
-      if (i < count) x[i] = reinterpret_cast<const Bits<T>*>(base + offset)[i];
+      if (i < count) reinterpret_cast<Bits<T>*>(dst)[i] = x[i];
     }
   }
-  return x;
 }
 
 template <class T>
@@ -202,19 +238,6 @@ FA_DEVICE float widen_bits(Bits<T> x) {
 // *p += x, at the memory's own adders and in no particular order.
 FA_DEVICE void add_to_memory(float* p, float x) {
   __builtin_amdgcn_global_atomic_fadd_f32((__attribute__((address_space(1))) float*)p, x);
-}
-
-template <class T, int N>
-FA_DEVICE void write_elements(T* base, int64_t offset, const Vector<Bits<T>, N>& x, int count, bool vectors) {
-  using V = Vector<Bits<T>, N>;
-  if (vectors) {
-    if (count > 0) *reinterpret_cast<V*>(reinterpret_cast<char*>(base) + uint32_t(offset) * uint32_t(sizeof(T))) = x;
-  } else {
-    FA_UNROLL
-    for (int i = 0; i < N; ++i) {
-      if (i < count) reinterpret_cast<Bits<T>*>(base + offset)[i] = x[i];
-    }
-  }
 }
 
 }  // namespace flash_attn::gfx90a

@@ -32,18 +32,22 @@ class OwnedTile {
   FA_DEVICE explicit OwnedTile(char*) {}
 
   FA_DEVICE void load(const T* src, int64_t row_stride, int rows, int cols, bool aligned) {
+    const AlignedRows<T> from(src, row_stride, rows < ROWS ? rows : ROWS, cols);
     FA_UNROLL
     for (int t = 0; t < kTiles; ++t) {
-      const int uniform_row = first_row(t);
-      const int count = uniform_row + S::lane_row() < rows ? cols : 0;
       FA_UNROLL
       for (int g = 0; g < kRowChunks; ++g) {
-        const int uniform_col = S::kGroups * g * kElements, col = S::group() * kElements;
-        rows_[t][g] = read_elements<T, kElements>(src + uniform_row * row_stride + uniform_col,
-                                                  S::lane_row() * row_stride + col, count - uniform_col - col, aligned);
+        const int row = first_row(t) + S::lane_row(), col = (S::kGroups * g + S::group()) * kElements;
+        rows_[t][g] = aligned ? from.read(first_row(t), S::lane_row(), col)
+                              : read_elements<T>(src + row * row_stride + col, row < rows ? cols - col : 0);
       }
     }
-    if constexpr (kColumns) load_columns(src, row_stride, rows, cols);
+    if constexpr (kColumns) {
+      load_columns([&](int row, int col) {
+        if (aligned) return from.read_element(row, col);
+        return row < rows && col < cols ? reinterpret_cast<const Bits<T>*>(src)[row * row_stride + col] : Bits<T>(0);
+      });
+    }
   }
   FA_DEVICE void land() {}
 
@@ -74,13 +78,11 @@ class OwnedTile {
   FA_DEVICE void write(T* dst, int64_t row_stride, int rows, int cols, bool aligned) const {
     FA_UNROLL
     for (int t = 0; t < kTiles; ++t) {
-      const int uniform_row = first_row(t);
-      const int count = uniform_row + S::lane_row() < rows ? cols : 0;
+      const int row = first_row(t) + S::lane_row();
       FA_UNROLL
       for (int s = 0; s < kSteps; ++s) {
-        const int uniform_col = S::kStep * s, col = 4 * S::group();
-        write_elements<T, 4>(dst + uniform_row * row_stride + uniform_col, S::lane_row() * row_stride + col, staged_[t][s],
-                             count - uniform_col - col, aligned);
+        const int col = S::kStep * s + 4 * S::group();
+        write_elements<T, 4>(dst + row * row_stride + col, staged_[t][s], row < rows ? cols - col : 0, aligned);
       }
     }
   }
@@ -93,7 +95,8 @@ class OwnedTile {
   static FA_DEVICE int first_row(int t) { return wave_of_block() * kWaveRows + t * kTile; }
 
   // Chunks with k along the rows, elements in ascending order, of the columns this wave multiplies.
-  FA_DEVICE void load_columns(const T* src, int64_t row_stride, int rows, int cols) {
+  template <class Read>
+  FA_DEVICE void load_columns(Read&& read) {
     using C = Shape<kColTile>;
     FA_UNROLL
     for (int t = 0; t < kColTiles; ++t) {
@@ -101,11 +104,8 @@ class OwnedTile {
       FA_UNROLL
       for (int g = 0; g < kColChunks; ++g) {
         const int row = (C::kGroups * g + C::group()) * kElements;
-        const Bits<T>* at = reinterpret_cast<const Bits<T>*>(src + row * row_stride + col);
         FA_UNROLL
-        for (int i = 0; i < kElements; ++i) {
-          columns_[t][g][i] = row + i < rows && col < cols ? at[i * row_stride] : Bits<T>(0);
-        }
+        for (int i = 0; i < kElements; ++i) columns_[t][g][i] = read(row + i, col);
         columns_[t][g] = kept_aside(columns_[t][g]);
       }
     }

@@ -31,8 +31,8 @@ class SharedTile {
       });
     } else {
       for_each_vector([&](const Unit& where, int uniform_row, int row, int v) {
-        staged_[v] = read_elements<T, kElements>(src + uniform_row * row_stride, row * row_stride + where.col,
-                                                 uniform_row + row < rows ? cols - where.col : 0, false);
+        row += uniform_row;
+        staged_[v] = read_elements<T>(src + row * row_stride + where.col, row < rows ? cols - where.col : 0);
       });
     }
   }
@@ -116,8 +116,8 @@ class SharedTile {
     static_assert(kStraight);
     for_each_vector([&](const Unit& where, int uniform_row, int row, int) {
       const auto x = at<Chunk<T>>(straight_ + Straight::offset(uniform_row + row, where.col / kElements));
-      write_elements<T, kElements>(dst + uniform_row * row_stride, row * row_stride + where.col, x,
-                                   uniform_row + row < rows ? cols - where.col : 0, aligned);
+      row += uniform_row;
+      write_elements<T, kElements>(dst + row * row_stride + where.col, x, row < rows ? cols - where.col : 0, aligned);
     });
   }
 
