@@ -148,6 +148,15 @@ FA_DEVICE const Params& reread(const Params& p) {
 #endif
 }
 
+FA_DEVICE uint32_t reread(uint32_t launched) {
+#if defined(__HIP_DEVICE_COMPILE__)
+  asm volatile("" : "+s"(launched));
+#else
+  launched = uint32_t(unhoisted(int(launched)));
+#endif
+  return launched;
+}
+
 // ---- 16-bit conversions ------------------------------------------------------------------------------------------
 
 enum class Rounding { kNearestEven, kTowardZero };

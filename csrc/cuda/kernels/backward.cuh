@@ -2,8 +2,9 @@
 //   dV += P^T dO,  dP = dO V^T,  dS = P * (dP - delta),  dK += dS^T Q,  dQ += dS K.
 // A block owns block_n keys of one KV head and walks the queries of its group's heads that see them. dQ is added up in
 // device memory: in any order, or, under determinism, in descending order of the keys, each block waiting for its turn.
-// Blocks of a head are numbered from the last keys down, so that a block waits only for blocks with smaller numbers, which
-// were launched before it; under a causal mask, blocks that start together and walk up from the diagonal never wait at all.
+// Blocks of a head are then numbered from the last keys down, so that a block waits only for blocks with smaller numbers,
+// which were launched before it; under a causal mask, blocks that start together and walk up from the diagonal never wait
+// at all. Without determinism they are numbered upward, which under a causal mask is the longest first.
 #pragma once
 
 #include "../attention/dropout.cuh"
@@ -52,7 +53,7 @@ struct Backward {
     FA_DEVICE Work(const Params& p, uint32_t block) {
       const int key_blocks = ceil_div(p.seqlen_k, kN);
       const HeadItem item(block, key_blocks, p.heads_kv, p.batch, p.head_group);
-      key_begin = (key_blocks - 1 - item.item) * kN;
+      key_begin = (p.deterministic ? key_blocks - 1 - item.item : item.item) * kN;
       kv_head = item.head;
       batch = item.batch;
     }
@@ -77,14 +78,19 @@ struct Backward {
                           head_rows<T>(p.dk, 0, work.kv_head, row)[col] = T{};
                           head_rows<T>(p.dv, 0, work.kv_head, row)[col] = T{};
                         });
-    const Sequence seq(p, work.batch);
-    if (work.key_begin < seq.stored_k) Backward(p, work, seq, shared).differentiate();
+    Backward self(p, uint32_t(block), shared);
+    if (self.work.key_begin < self.seq.stored_k) {
+      KeyGradient dk, dv;
+      self.differentiate(dk, dv);
+      // Worked out again rather than held across the loop: registers are full.
+      Backward(reread(p), reread(uint32_t(block)), shared).write(dk, dv);
+    }
   }
 
-  FA_DEVICE Backward(const Params& p, const Work& work, const Sequence& seq, char* shared)
+  FA_DEVICE Backward(const Params& p, uint32_t block, char* shared)
       : p(p),
-        work(work),
-        seq(seq),
+        work(p, block),
+        seq(p, work.batch),
         mask(p, seq),
         group(p.heads_q / p.heads_kv),
         query_begin(mask.queries_begin(work.key_begin) / kM * kM),
@@ -105,14 +111,36 @@ struct Backward {
     return max_int(0, ceil_div(mask.queries_end(key_end) - begin, kM));
   }
 
-  // The position in the walk: heads of the group in turn, each from its first visible query block.
+  // The position in the walk: heads of the group in turn, each from its first visible query block. Addresses are carried
+  // along, since working them out takes twelve 64-bit products.
   struct Step {
     int head, query, stage;
+    const T *q, *dout;
+    const Scalar *lse, *delta;
+    int64_t dq_block;  // of the workspace
   };
-  FA_DEVICE Step first() const { return {work.kv_head * group, query_begin, 0}; }
+  FA_DEVICE Step first(const Params& p, int head, int stage) const {
+    const int64_t row = seq.first_q + query_begin;
+    return {head,
+            query_begin,
+            stage,
+            head_rows<const T>(p.q, work.batch, head, row),
+            head_rows<const T>(p.dout, work.batch, head, row),
+            head_rows<const Scalar>(p.lse, work.batch, head, row),
+            head_rows<const Scalar>(p.delta, work.batch, head, row),
+            head * query_blocks(p, kM) + first_query_block(p, work.batch, seq.first_q, kM) + query_begin / kM};
+  }
   FA_DEVICE Step next(const Step& step) const {
-    const bool more = step.query + kM < query_begin + query_steps * kM;
-    return {more ? step.head : step.head + 1, more ? step.query + kM : query_begin, (step.stage + 1) % kStages};
+    const int stage = (step.stage + 1) % kStages, query = step.query + kM;
+    if (query >= query_begin + query_steps * kM) return first(reread(p), step.head + 1, stage);
+    return {step.head,
+            query,
+            stage,
+            step.q + kM * p.q.row_stride,
+            step.dout + kM * p.dout.row_stride,
+            step.lse + kM,
+            step.delta + kM,
+            step.dq_block + 1};
   }
 
   FA_DEVICE QTile q_tile(int stage) const {
@@ -123,14 +151,12 @@ struct Backward {
   }
 
   FA_DEVICE void load_queries(QTile& q, QTile& dout, const Step& step) {
-    const int64_t row = seq.first_q + step.query;
     const int rows = seq.len_q - step.query;
-    q.load(head_rows<const T>(p.q, work.batch, step.head, row), p.q.row_stride, rows, p.head_dim, aligned());
-    dout.load(head_rows<const T>(p.dout, work.batch, step.head, row), p.dout.row_stride, rows, p.head_dim, aligned());
+    q.load(step.q, p.q.row_stride, rows, p.head_dim, aligned());
+    dout.load(step.dout, p.dout.row_stride, rows, p.head_dim, aligned());
   }
 
-  FA_DEVICE void differentiate() {
-    KeyGradient dk, dv;
+  FA_DEVICE void differentiate(KeyGradient& dk, KeyGradient& dv) {
     dk.fill(Scalar(0));
     dv.fill(Scalar(0));
     const int steps = group * query_steps;
@@ -140,7 +166,7 @@ struct Backward {
                   p.head_dim, aligned());
       v_tile.load(head_rows<const T>(p.v, work.batch, work.kv_head, seq.first_k + work.key_begin), p.v.row_stride, keys,
                   p.head_dim, aligned());
-      Step step = first();
+      Step step = first(p, work.kv_head * group, 0);
       QTile q = q_tile(0), dout = do_tile(0);
       load_queries(q, dout, step);
       A::commit();
@@ -171,9 +197,6 @@ struct Backward {
         dout = next_dout;
       }
     }
-    const Params& again = reread(p);
-    write(dk, again.dk, k_tile, Scalar(again.softmax_scale));
-    write(dv, again.dv, v_tile, Scalar(1));
   }
 
   FA_DEVICE void visit(const Step& step, QTile& q, QTile& dout, KeyGradient& dk, KeyGradient& dv) {
@@ -188,8 +211,7 @@ struct Backward {
 
     ds_tile.put(gradient);
     A::sync();
-    const int64_t block = step.head * query_blocks(p, kM) + first_query_block(p, work.batch, seq.first_q, kM) +
-                          step.query / kM;
+    const int64_t block = step.dq_block;
     const int turn = p.deterministic ? A::peek_turn(p.dq_turn + block) : 0;
     A::multiply_tn(dv, p_tile, dout);
     QueryGradient dq;
@@ -209,9 +231,8 @@ struct Backward {
 
   FA_DEVICE void load_rows(const Step& step, Rows& negated_lse, Rows& delta) {
     const int rows = seq.len_q - step.query;
-    negated_lse.read(head_rows<const Scalar>(p.lse, work.batch, step.head, seq.first_q + step.query), rows,
-                     infinity<Scalar>());
-    delta.read(head_rows<const Scalar>(p.delta, work.batch, step.head, seq.first_q + step.query), rows, Scalar(0));
+    negated_lse.read(step.lse, rows, infinity<Scalar>());
+    delta.read(step.delta, rows, Scalar(0));
     Rows::for_each([&](int slot, int, bool) { negated_lse[slot] *= Scalar(-kLog2E); });
   }
 
@@ -248,6 +269,11 @@ struct Backward {
       });
     }
     p_tile.put(scores);
+  }
+
+  FA_DEVICE void write(KeyGradient& dk, KeyGradient& dv) {
+    write(dk, p.dk, k_tile, Scalar(p.softmax_scale));
+    write(dv, p.dv, v_tile, Scalar(1));
   }
 
   template <class StagingTile>
