@@ -162,3 +162,28 @@ def test_any_combination(device, lengths, heads, dim, causal, window, softcap, s
     torch.manual_seed(seed)
     q, k, v = random_qkv(device, torch.float32, 2, *lengths, *heads, dim, grad=True)
     check(q, k, v, causal=causal, window_size=window, softcap=softcap)
+
+
+def test_more_than_2_31_elements(cuda_only):
+    """Offsets are 64 bits wide: the last keys of a cache of 2.2e9 elements, forward and backward."""
+    if torch.cuda.get_device_properties(cuda_only).total_memory < 40 * 2**30:
+        pytest.skip("needs 40 GiB of device memory")
+    seqlen, heads, dim, window = 270_000, 64, 128, 100
+    q = torch.randn(1, 5, heads, dim, device=cuda_only, dtype=torch.bfloat16, requires_grad=True)
+    k, v = (torch.zeros(1, seqlen, heads, dim, device=cuda_only, dtype=torch.bfloat16) for _ in range(2))
+    assert k.numel() > 2**31
+    for x in (k, v):
+        x[:, -256:].normal_()
+        x.requires_grad_()
+    dout = torch.randn_like(q)
+    arguments = {"causal": True, "window_size": (window, 0)}
+    out = flash_attn_func(q, k, v, **arguments)
+    found = gradients(out, (q, k, v), dout)
+    tail = [x[:, -256:].detach().clone().requires_grad_() for x in (k, v)]
+    expected_out = flash_attn_func(q, *tail, **arguments)
+    expected = gradients(expected_out, (q, *tail), dout)
+    torch.testing.assert_close(out, expected_out)
+    torch.testing.assert_close(found[0], expected[0])
+    for actual, wanted in zip(found[1:], expected[1:], strict=True):
+        torch.testing.assert_close(actual[:, -256:], wanted)
+        assert not actual[:, :-256].any()

@@ -105,6 +105,12 @@ FA_DEVICE double tanh_accurate(double x) { return ::tanh(x); }
 
 // The same value, said to be equal in all lanes of a wave: on AMD it then needs no vector register.
 FA_DEVICE double uniform(double x) { return x; }
+FA_DEVICE int uniform(int x) {
+#if defined(__HIP_DEVICE_COMPILE__)
+  x = __builtin_amdgcn_readfirstlane(x);
+#endif
+  return x;
+}
 FA_DEVICE float uniform(float x) {
 #if defined(__HIP_DEVICE_COMPILE__)
   int bits;

@@ -17,6 +17,9 @@ void check(cudaError_t status, const char* doing) {
   if (status != cudaSuccess) throw std::runtime_error(std::string(doing) + ": " + cudaGetErrorString(status));
 }
 
+// This library links the runtime statically: it has a current device of its own, beside torch's.
+void use_device(const Queue& queue) { check(cudaSetDevice(queue.device_index), "choosing the device"); }
+
 int device_attribute(cudaDeviceAttr attribute, const Queue& queue) {
   int value = 0;
   check(cudaDeviceGetAttribute(&value, attribute, queue.device_index), "reading a device attribute");
@@ -132,6 +135,7 @@ Workspace plan_forward(ForwardParams& p, const Queue& queue) {
 }
 
 void forward(ForwardParams p, void* workspace, const Queue& queue) {
+  use_device(queue);
   const KernelInfo& kernel = forward_kernel(p);
   if (p.num_splits > 1) {
     char* at = static_cast<char*>(workspace);
@@ -168,6 +172,7 @@ Workspace plan_backward(BackwardParams& p, const Queue& queue) {
 }
 
 void backward(BackwardParams p, void* workspace, const Queue& queue) {
+  use_device(queue);
   const KernelInfo& kernel = backward_kernel(p);
   const size_t accum_bytes = dq_accum_bytes(p, kernel), turn_bytes = dq_turn_bytes(p, kernel);
   p.dq_accum = workspace;

@@ -26,12 +26,12 @@ struct Sequence {
       len_k = p.seqlen_k;
     }
     stored_k = len_k;
-    if (p.seqused_k != nullptr) len_k = max_int(0, min_int(len_k, p.seqused_k[batch]));
+    if (p.seqused_k != nullptr) len_k = max_int(0, min_int(len_k, uniform(p.seqused_k[batch])));
   }
 
   // Boundaries on a device cannot be checked without waiting for it: whatever they hold, no row outside is touched.
   static FA_DEVICE void read(const int32_t* ends, int total, int longest, int64_t& first, int& length) {
-    const int begin = max_int(0, min_int(ends[0], total)), end = min_int(ends[1], total);
+    const int begin = max_int(0, min_int(uniform(ends[0]), total)), end = min_int(uniform(ends[1]), total);
     first = begin;
     length = max_int(0, min_int(end - begin, longest));
   }
