@@ -45,6 +45,9 @@ build: $(READY)
 	@command -v ninja >/dev/null || $(PY) -c 'import ninja' 2>/dev/null || $(PY) -m pip install --quiet ninja
 	$(PY) -m tools.build
 
+# Threads that wait for others sleep: spinning, they take a busy machine's time from those they wait for.
+demo test: export OMP_WAIT_POLICY ?= PASSIVE
+
 demo: build
 	$(PY) -m flash_attn demo
 

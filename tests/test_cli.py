@@ -1,6 +1,7 @@
 """The commands of `python -m flash_attn`, and the classic benchmark, on small problems."""
 
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -15,6 +16,12 @@ from flash_attn.__main__ import main
 from flash_attn.cli import correctness, devices, invariance, measure, model, plot, terminal, text
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
+]
 SMALL = invariance.Sizes(seqlen=70, keys=300, blocks_of_split=1, repeats=2)
 
 
@@ -344,3 +351,23 @@ def test_progress_bar(capsys):
         progress.advance("note")
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5 and "10/10" in lines[-1] and lines[-1].endswith("note")  # a line for every fifth
+
+
+# ---- the README ------------------------------------------------------------------------------------------------------
+
+
+def test_example_of_the_readme_runs():
+    blocks = (ROOT / "README.md").read_text().split("```python\n")[1:]
+    assert blocks
+    for block in blocks:
+        exec(compile(block.split("```", maxsplit=1)[0], "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_files_that_pages_name_exist(page):
+    page = ROOT / page
+    content = page.read_text()
+    links = re.findall(r"\]\(([^)#:]+)\)", content)
+    files = re.findall(r"`((?:csrc|docs|flash_attn|tests|tools|benchmarks)/[\w/.]*\.\w+)`", content)
+    for target in [page.parent / link for link in links] + [ROOT / file for file in files]:
+        assert target.exists(), target

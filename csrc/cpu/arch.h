@@ -40,6 +40,7 @@ struct Block {
   static FA_INLINE void multiply_nt(C& c, const FA_ISA::Tile<T, M, D, USES_A, kLayout, R>& a,
                                     const FA_ISA::Tile<T, N, D, USES_B, kLayout, R>& b) {
     constexpr int kPer = Factor<T>::kPerUnit, kLine = D / kPer;
+    c.set_extents(a.rows(), b.rows());
     if constexpr (kRowMajor) {
       multiply_block<T, false>(c.data(), C::kStride, a.plain(), kLine, b.columns(), N, a.rows(), b.rows(),
                                a.cols() / kPer, a.take_upcoming());
@@ -54,7 +55,7 @@ struct Block {
   static FA_INLINE void multiply_nn(C& c, const FA_ISA::Operand<T, M, K, R>& a,
                                     const FA_ISA::Tile<T, K, N, USES, kLayout, R>& b) {
     static_assert(!kRowMajor, "the operand's lines are columns");
-    multiply_block<T, true>(c.data(), C::kStride, b.paired(), N, a.units(), M, b.cols(), M,
+    multiply_block<T, true>(c.data(), C::kStride, b.paired(), N, a.units(), M, b.cols(), a.rows(),
                             b.rows() / Factor<T>::kPerUnit, b.take_upcoming());
   }
   template <class C, class T, int M, int K, int N, unsigned USES_A, unsigned USES_B>

@@ -16,6 +16,11 @@ namespace {
 
 int thread_count(const Queue& queue) { return queue.threads.run == nullptr ? 1 : max_int(1, queue.threads.count); }
 
+// Threads that `count` items occupy.
+int thread_count(const Queue& queue, int64_t count) {
+  return int(count < thread_count(queue) ? count : thread_count(queue));
+}
+
 // Calls item(index, thread) for every index in [0, count). Indices are taken in ascending order, each by a thread that is
 // already running: an item may wait for one with a smaller index.
 template <class F>
@@ -31,7 +36,7 @@ void for_each_item(const Queue& queue, int64_t count, F&& item) {
       shared.item(index, thread);
     }
   };
-  const int threads = int(count < thread_count(queue) ? count : thread_count(queue));
+  const int threads = thread_count(queue, count);
   if (threads <= 1) {
     work(&shared, 0);
   } else {
@@ -41,8 +46,12 @@ void for_each_item(const Queue& queue, int64_t count, F&& item) {
 
 size_t align(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
-// Scratch of one thread that runs a kernel.
+// Scratch of one thread that runs a kernel, and of all that will.
 size_t scratch_bytes(const KernelInfo& kernel) { return align(size_t(kernel.shared_bytes) + kernel.stash_bytes); }
+template <class Params>
+size_t scratch_bytes(const KernelInfo& kernel, const Params& params, const Queue& queue) {
+  return scratch_bytes(kernel) * thread_count(queue, kernel.blocks(&params));
+}
 
 template <class Params>
 void launch(const KernelInfo& kernel, const Params& params, char* scratch, const Queue& queue) {
@@ -95,15 +104,15 @@ struct PartialBytes {
 Workspace plan_forward(ForwardParams& p, const Queue& queue) {
   const KernelInfo& kernel = forward_kernel(p);
   if (p.split_size < 0 || p.split_size % kernel.block_n != 0) {
-    throw std::invalid_argument("split_size must be a multiple of the key block " + std::to_string(kernel.block_n) +
-                                " of head_dim " + std::to_string(p.head_dim) + ", got " + std::to_string(p.split_size));
+    throw std::invalid_argument("split_size: must be a multiple of " + std::to_string(kernel.block_n) +
+                                ", the key block, got " + std::to_string(p.split_size) + " (0 turns the mode off)");
   }
   p.num_splits = 1;
   p.head_group = 1;  // a head's query blocks share its keys in cache
   if (p.split_size > 0 && p.s_dmask == nullptr && kernel.blocks(&p) < thread_count(queue)) {
     p.num_splits = max_int(1, ceil_div(p.seqlen_k, p.split_size));
   }
-  return {PartialBytes(p).all() + thread_count(queue) * scratch_bytes(kernel)};
+  return {PartialBytes(p).all() + scratch_bytes(kernel, p, queue)};
 }
 
 void forward(ForwardParams p, void* workspace, const Queue& queue) {
@@ -121,13 +130,13 @@ void forward(ForwardParams p, void* workspace, const Queue& queue) {
 
 // The order of dQ's sums is always fixed: blocks take turns, which costs the host nothing.
 struct BackwardBytes {
-  size_t dq_accum, dq_turn, scratch;  // scratch: of a thread, for whichever kernel wants most
+  size_t dq_accum, dq_turn, scratch;  // scratch: for whichever kernel wants most
 
-  BackwardBytes(const BackwardParams& p, const KernelInfo& main, const KernelInfo& finish) {
+  BackwardBytes(const BackwardParams& p, const KernelInfo& main, const KernelInfo& finish, const Queue& queue) {
     const size_t blocks = size_t(p.heads_q) * query_blocks(p, main.block_m);
     dq_accum = align(blocks * main.block_m * main.key.head_dim * accum_size(p.dtype));
     dq_turn = align(blocks * sizeof(int32_t));
-    const size_t a = scratch_bytes(main), b = scratch_bytes(finish);
+    const size_t a = scratch_bytes(main, p, queue), b = scratch_bytes(finish, p, queue);
     scratch = a > b ? a : b;
   }
 };
@@ -136,8 +145,8 @@ const KernelInfo& finish_kernel(const BackwardParams& p) { return find(KernelKin
 
 Workspace plan_backward(BackwardParams& p, const Queue& queue) {
   p.head_group = p.heads_kv * p.batch;  // threads take different heads, and need not wait for their turns at dQ
-  const BackwardBytes bytes(p, backward_kernel(p), finish_kernel(p));
-  return {bytes.dq_accum + bytes.dq_turn + thread_count(queue) * bytes.scratch};
+  const BackwardBytes bytes(p, backward_kernel(p), finish_kernel(p), queue);
+  return {bytes.dq_accum + bytes.dq_turn + bytes.scratch};
 }
 
 void clear(char* memory, size_t bytes, const Queue& queue) {
@@ -150,7 +159,7 @@ void clear(char* memory, size_t bytes, const Queue& queue) {
 
 void backward(BackwardParams p, void* workspace, const Queue& queue) {
   const KernelInfo &main = backward_kernel(p), &finish = finish_kernel(p);
-  const BackwardBytes bytes(p, main, finish);
+  const BackwardBytes bytes(p, main, finish, queue);
   char* memory = static_cast<char*>(workspace);
   clear(memory, bytes.dq_accum + bytes.dq_turn, queue);
   p.dq_accum = memory;

@@ -49,6 +49,12 @@ class Accumulator {
   FA_INLINE S& operator[](int reg) { return values_[reg]; }
   FA_INLINE S* data() { return values_; }
   FA_INLINE const S* data() const { return values_; }
+
+  // What multiply_nt has filled: that much of it is multiplied further, whatever the rest holds.
+  FA_INLINE void set_extents(int rows, int cols) { rows_ = rows, cols_ = cols; }
+  FA_INLINE int rows() const { return rows_; }
+  FA_INLINE int cols() const { return cols_; }
+
   static constexpr FA_INLINE int reg(int row, int col) { return kRowMajor ? row * COLS + col : col * ROWS + row; }
 
   template <class F>
@@ -101,6 +107,7 @@ class Accumulator {
     }
   }
 
+  int rows_ = ROWS, cols_ = COLS;
   alignas(64) S values_[kCount];
 };
 
@@ -111,21 +118,23 @@ class Operand {
   using Scalar = AccumOf<T>;
   using Unit = typename Factor<T>::Unit;
 
-  explicit FA_INLINE Operand(const Accumulator<Scalar, ROWS, COLS, kRowsInVectors>& from) {
-    if constexpr (std::is_same_v<T, Scalar>) {
-      units_ = from.data();  // nothing to narrow
-    } else {
-      pack_lines<T, R>(from.data(), narrowed_, COLS, ROWS);
+  explicit FA_INLINE Operand(const Accumulator<Scalar, ROWS, COLS, kRowsInVectors>& from) : rows_(from.rows()) {
+    if constexpr (kNarrows) {
+      pack_lines<T, R>(from.data(), narrowed_, ROWS, from.cols(), rows_);
       units_ = narrowed_;
+    } else {
+      units_ = from.data();
     }
   }
   Operand(const Operand&) = delete;
 
   FA_INLINE const Unit* units() const { return units_; }
+  FA_INLINE int rows() const { return rows_; }
 
  private:
   static constexpr bool kNarrows = !std::is_same_v<T, Scalar>;
   const Unit* units_;
+  int rows_;
   alignas(64) Unit narrowed_[kNarrows ? ROWS * COLS / Factor<T>::kPerUnit : 1];
 };
 

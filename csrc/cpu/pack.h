@@ -29,15 +29,16 @@ FA_INLINE void pack_pair(const float* even, const float* odd, uint32_t* dst, int
   }
 }
 
-// Lines of accumulators, k from line to line: units [lines / kPerUnit][count].
+// Lines of accumulators, k from line to line: units [lines / kPerUnit][count], `stride` apart on both sides.
 template <class T, Rounding R>
-FA_INLINE void pack_lines(const AccumOf<T>* src, typename Factor<T>::Unit* dst, int lines, int count) {
-  if constexpr (Factor<T>::kPerUnit == 2) {
-    for (int line = 0; line < lines; line += 2, src += 2 * count, dst += count) {
-      pack_pair<R>(src, src + count, dst, count);
+FA_INLINE void pack_lines(const AccumOf<T>* src, typename Factor<T>::Unit* dst, int64_t stride, int lines, int count) {
+  constexpr int kPer = Factor<T>::kPerUnit;
+  for (int line = 0; line < lines; line += kPer, src += kPer * stride, dst += stride) {
+    if constexpr (kPer == 2) {
+      pack_pair<R>(src, src + stride, dst, count);
+    } else {
+      round_row<T, R>(src, dst, count);
     }
-  } else {
-    round_row<T, R>(src, dst, lines * count);
   }
 }
 

@@ -16,6 +16,7 @@
 
 #define FA_INLINE inline __attribute__((always_inline))
 #if defined(__clang__)
+#pragma clang diagnostic ignored "-Wpass-failed"  // FA_VECTORISE permits, it does not insist
 #define FA_UNROLL_FULLY _Pragma("clang loop unroll(full)")
 #define FA_VECTORISE _Pragma("clang loop vectorize(assume_safety)")
 #else

@@ -47,12 +47,14 @@ class Tile {
       stage(from);
     } else {
       static_assert(LAYOUT == kColsInVectors && !kHasColumns, "lines of the accumulator are the tile's rows");
-      set_extents(ROWS, COLS);
-      if constexpr (kPer == 1) {
-        round_row<T, R>(from.data(), kHasPlain ? plain() : paired(), ROWS * COLS);
-      } else {
-        if constexpr (kHasPlain) narrow_row<T, R>(from.data(), reinterpret_cast<T*>(plain()), ROWS * COLS);
-        if constexpr (kHasPaired) pack_lines<T, R>(from.data(), paired(), ROWS, COLS);
+      set_extents(from.rows(), from.cols());
+      if constexpr (kPer == 2 && kHasPlain) {
+        for (int row = 0; row < rows(); ++row) {
+          narrow_row<T, R>(from.data() + row * COLS, reinterpret_cast<T*>(plain()) + row * COLS, cols());
+        }
+      }
+      if constexpr (kHasPaired || kPer == 1) {
+        pack_lines<T, R>(from.data(), kHasPaired ? paired() : plain(), COLS, rows(), cols());
       }
     }
   }

@@ -46,13 +46,26 @@ FA_HOST_DEVICE constexpr Scalar infinity() {
   return Scalar(__builtin_huge_val());
 }
 
+// How far apart a matrix's rows may lie: AMD's descriptors of device memory hold 32 bits, for as many as 128 rows.
+#if defined(__HIPCC__)
+constexpr int64_t kMaxRowBytes = (int64_t(1) << 24) - 1;
+#else
+constexpr int64_t kMaxRowBytes = std::numeric_limits<int64_t>::max();
+#endif
+
 constexpr double kLog2E = 1.4426950408889634074;
 constexpr double kLn2 = 0.69314718055994530942;
 
 // ---- arithmetic, rounding spelled out --------------------------------------------------------------------------
 
+#if !FA_GPU && defined(__x86_64__) && !defined(__FMA__)
+// An old host without the instruction, where software takes fifty times as long: rounds twice, but always.
+FA_DEVICE float fma_rn(float a, float b, float c) { return a * b + c; }
+FA_DEVICE double fma_rn(double a, double b, double c) { return a * b + c; }
+#else
 FA_DEVICE float fma_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 FA_DEVICE double fma_rn(double a, double b, double c) { return __builtin_fma(a, b, c); }
+#endif
 
 #if defined(__HIP_DEVICE_COMPILE__)
 extern "C" __device__ float __ocml_native_exp2_f32(float);
@@ -72,27 +85,33 @@ FA_DEVICE float exp2_fast(float x) {
 #elif FA_GPU
 FA_DEVICE float exp2_fast(float x) { return ::exp2f(x); }  // parsed by the host pass, never run
 #else
-// 2^x for x <= 127: nearest integer n, minimax polynomial of degree 6 on [-1/2, 1/2] (relative error 1.6e-8 before
-// rounding; 2^0 is 1), times 2^n made from bits. One comparison, so that loops over it vectorise well; below -126 it
-// gives 0 (the GPUs flush there too); NaN stays NaN.
+// 2^x = scale * (1 + excess) for x in [-126, 127]: scale is 2 to the nearest integer, made from bits, and excess a minimax
+// polynomial on [-1/2, 1/2] (1.6e-8 of 2^x before rounding; 0 at 0). Branch-free, so that loops over it vectorise.
+struct Exp2Parts {
+  float scale, excess;
+
+  explicit FA_DEVICE Exp2Parts(float x) {
+    const float shifted = x + 12582912.0f;  // 1.5 * 2^23: rounds to an integer, and leaves it in the low bits
+    const float f = x - (shifted - 12582912.0f);
+    float y = 1.5353362e-4f;
+    y = fma_rn(y, f, 1.3398875e-3f);
+    y = fma_rn(y, f, 9.61843692e-3f);
+    y = fma_rn(y, f, 5.55033237e-2f);
+    y = fma_rn(y, f, 2.40226477e-1f);
+    y = fma_rn(y, f, 6.93147182e-1f);
+    excess = y * f;
+    uint32_t bits;
+    std::memcpy(&bits, &shifted, 4);
+    bits = (bits - (0x4b400000u - 127u)) << 23;
+    std::memcpy(&scale, &bits, 4);
+  }
+};
+
+// 2^x for x <= 127; below -126 it gives 0 (the GPUs flush there too); NaN stays NaN.
 FA_DEVICE float exp2_fast(float x) {
   const bool flushed = x < -126.0f;
-  const float clamped = flushed ? -126.0f : x;
-  const float shifted = clamped + 12582912.0f;  // 1.5 * 2^23: rounds to an integer, and leaves it in the low bits
-  const float f = clamped - (shifted - 12582912.0f);
-  float y = 1.5353362e-4f;
-  y = __builtin_fmaf(y, f, 1.3398875e-3f);
-  y = __builtin_fmaf(y, f, 9.61843692e-3f);
-  y = __builtin_fmaf(y, f, 5.55033237e-2f);
-  y = __builtin_fmaf(y, f, 2.40226477e-1f);
-  y = __builtin_fmaf(y, f, 6.93147182e-1f);
-  y = __builtin_fmaf(y, f, 1.0f);
-  uint32_t shifted_bits;
-  std::memcpy(&shifted_bits, &shifted, 4);
-  const uint32_t scale_bits = (shifted_bits - (0x4b400000u - 127u)) << 23;
-  float scale;
-  std::memcpy(&scale, &scale_bits, 4);
-  return flushed ? 0.0f : y * scale;
+  const Exp2Parts parts(flushed ? -126.0f : x);
+  return flushed ? 0.0f : fma_rn(parts.excess, parts.scale, parts.scale);
 }
 #endif
 FA_DEVICE double exp2_fast(double x) { return ::exp2(x); }
@@ -100,7 +119,31 @@ FA_DEVICE double exp2_fast(double x) { return ::exp2(x); }
 FA_DEVICE float log2_accurate(float x) { return ::log2f(x); }
 FA_DEVICE double log2_accurate(double x) { return ::log2(x); }
 
+#if defined(__HIP_DEVICE_COMPILE__)
+// Without branches: a minimax polynomial where 1 - 2 / (e^2x + 1) would cancel (Cephes' tanhf); 1.7e-7 of the result.
+FA_DEVICE float tanh_accurate(float x) {
+  const float magnitude = __builtin_fabsf(x), square = x * x;
+  float p = fma_rn(-5.70498872745e-3f, square, 2.06390887954e-2f);
+  p = fma_rn(p, square, -5.37397155531e-2f);
+  p = fma_rn(p, square, 1.33314422036e-1f);
+  p = fma_rn(p, square, -3.33332819422e-1f);
+  const float small = fma_rn(p * square, x, x);
+  const float capped = magnitude > 10.0f ? 10.0f : magnitude;  // tanh(10) rounds to 1; a NaN stays one
+  const float large = 1.0f - 2.0f * __builtin_amdgcn_rcpf(exp2_fast(capped * float(2 * kLog2E)) + 1.0f);
+  return magnitude < 0.625f ? small : __builtin_copysignf(large, x);
+}
+#elif FA_GPU
 FA_DEVICE float tanh_accurate(float x) { return ::tanhf(x); }
+#else
+// (e^2x - 1) / (e^2x + 1) of the magnitude, the numerator without cancellation; vectorises, a few units in the last place.
+FA_DEVICE float tanh_accurate(float x) {
+  const float magnitude = x < 0 ? -x : x;
+  const Exp2Parts parts((magnitude > 10.0f ? 10.0f : magnitude) * float(2 * kLog2E));  // tanh(10) rounds to 1
+  const float excess = fma_rn(parts.excess, parts.scale, parts.scale - 1.0f);
+  const float y = excess / (excess + 2.0f);
+  return x < 0 ? -y : y;
+}
+#endif
 FA_DEVICE double tanh_accurate(double x) { return ::tanh(x); }
 
 // The same value, said to be equal in all lanes of a wave: on AMD it then needs no vector register.
@@ -111,6 +154,7 @@ FA_DEVICE int uniform(int x) {
 #endif
   return x;
 }
+FA_DEVICE uint32_t uniform(uint32_t x) { return uint32_t(uniform(int(x))); }
 FA_DEVICE float uniform(float x) {
 #if defined(__HIP_DEVICE_COMPILE__)
   int bits;

@@ -80,6 +80,21 @@ int choose_head_group(int64_t bytes_per_head, int64_t heads, const Queue& queue)
 
 size_t element_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
+// Throws where the kernels cannot reach from one row to the next.
+void check_rows(const char* name, const TensorRef& tensor, int64_t rows, DType dtype) {
+  const int64_t bytes = tensor.row_stride * (dtype == DType::kFloat32 ? 4 : 2);
+  if (rows > 1 && bytes > kMaxRowBytes) {
+    throw std::invalid_argument(std::string(name) + ": rows must lie at most " + std::to_string(kMaxRowBytes) +
+                                " bytes apart on this GPU, got " + std::to_string(bytes) + " (call .contiguous())");
+  }
+}
+
+void check_rows(const AttentionParams& p) {
+  check_rows("q", p.q, p.total_q, p.dtype);
+  check_rows("k", p.k, p.total_k, p.dtype);
+  check_rows("v", p.v, p.total_k, p.dtype);
+}
+
 // ---- forward ---------------------------------------------------------------------------------------------------------
 
 int64_t partial_rows(const ForwardParams& p) {
@@ -100,6 +115,7 @@ bool partials_are_small(const ForwardParams& p, int chunks) {
 }
 
 Workspace plan_forward(ForwardParams& p, const Queue& queue) {
+  check_rows(p);
   const KernelInfo& kernel = forward_kernel(p);
   if (p.split_size < 0 || p.split_size % kernel.block_n != 0) {
     throw std::invalid_argument("split_size must be a multiple of the key block " + std::to_string(kernel.block_n) +
@@ -163,6 +179,9 @@ size_t dq_turn_bytes(const BackwardParams& p, const KernelInfo& kernel) {
 }
 
 Workspace plan_backward(BackwardParams& p, const Queue& queue) {
+  check_rows(p);
+  check_rows("out", p.out, p.total_q, p.dtype);
+  check_rows("dout", p.dout, p.total_q, p.dtype);
   const KernelInfo& kernel = backward_kernel(p);
   const int group = p.heads_q / p.heads_kv;
   const int64_t head_bytes =

@@ -13,9 +13,9 @@ from flash_attn.cli.invariance import digest
 from flash_attn.cli.terminal import Progress, Table, title
 
 DTYPES = (torch.float32, torch.bfloat16)
-PROMPTS = ("The ", "A class ")
+PROMPTS = ("If ", "A class ")
 ROWS_OF_LOSSES = 8
-TEMPERATURE = 0.6
+TEMPERATURE = 0.5
 DEFAULT = model.Settings()
 
 

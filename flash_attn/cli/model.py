@@ -19,7 +19,7 @@ class Settings(NamedTuple):
     heads: int = 4
     seqlen: int = 128
     batch: int = 8
-    steps: int = 300
+    steps: int = 400
     learning_rate: float = 4e-3
     seed: int = 0
 

@@ -23,7 +23,8 @@ DOCUMENTED = (
 )
 
 
-PLAIN_QUOTES = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2014": "-"})
+# Quotes and dashes of ASCII; the asterisks of emphasis and of lists go.
+PLAIN = str.maketrans("\u2018\u2019\u201c\u201d\u2013\u2014", "''\"\"--", "*")
 
 
 def corpus() -> str:
@@ -33,14 +34,14 @@ def corpus() -> str:
         pages = [topics[name] for name in sorted(topics)]
     except ImportError:
         pages = [pydoc.plain(pydoc.render_doc(importlib.import_module(name))) for name in DOCUMENTED]
-    paragraphs = re.split(r"\n\s*\n", "\n\n".join(pages).translate(PLAIN_QUOTES))
+    paragraphs = re.split(r"\n\s*\n", "\n\n".join(pages).translate(PLAIN))
     prose = [" ".join(paragraph.split()) for paragraph in paragraphs if is_prose(paragraph)]
     return "\n".join(prose).encode("ascii", "ignore").decode()
 
 
 def is_prose(paragraph: str) -> bool:
     """Not a heading, an example or a grammar."""
-    is_sentence = re.fullmatch(r"\s*[A-Z*].*[.:]\s*", paragraph, re.DOTALL) is not None
+    is_sentence = re.fullmatch(r"\s*[A-Z].*[.:]\s*", paragraph, re.DOTALL) is not None
     return is_sentence and len(paragraph.split()) > 8 and ">>>" not in paragraph and "::=" not in paragraph
 
 

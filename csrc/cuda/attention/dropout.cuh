@@ -17,9 +17,9 @@ class Dropout {
       : enabled_(p.dropout_p > 0), threshold_(uint32_t((1.0f - p.dropout_p) * 65536.0f + 0.5f)) {
     if (!enabled_) return;
     const uint64_t seed = uint64_t(p.rng_state[0]), offset = uint64_t(p.rng_state[1]);
-    key_[0] = uint32_t(seed) ^ uint32_t(offset >> 32);
-    key_[1] = uint32_t(seed >> 32);
-    offset_ = uint32_t(offset);
+    key_[0] = uniform(uint32_t(seed) ^ uint32_t(offset >> 32));
+    key_[1] = uniform(uint32_t(seed >> 32));
+    offset_ = uniform(uint32_t(offset));
     sequence_ = uint32_t(batch * p.heads_q + head);
   }
 
@@ -29,9 +29,10 @@ class Dropout {
   // both multiples of 16.
   template <class Accumulator, class F>
   FA_DEVICE void for_each(int row0, int col0, F&& f) const {
+    const uint32_t key[2] = {reread(key_[0]), reread(key_[1])};  // a loop would hold all the rounds' keys
     Accumulator::for_each_patch([&](int row, int col, const int(&reg)[8]) {
       uint32_t bits[4];
-      random(uint32_t(row0 + row), uint32_t(col0 + col), bits);
+      random(key, uint32_t(row0 + row), uint32_t(col0 + col), bits);
       const int corner = (row & 8 ? 2 : 0) + (col & 8 ? 1 : 0);  // which of the patch's four pairs the lane begins with
       uint32_t pair[4];
       FA_UNROLL
@@ -48,9 +49,9 @@ class Dropout {
 
  private:
   // The bits of the patch that (row, col) lies in.
-  FA_DEVICE void random(uint32_t row, uint32_t col, uint32_t (&out)[4]) const {
+  FA_DEVICE void random(const uint32_t (&key)[2], uint32_t row, uint32_t col, uint32_t (&out)[4]) const {
     uint32_t c0 = (row / 16) * 8 + row % 8, c1 = (col / 16) * 4 + (col % 8) / 2, c2 = sequence_, c3 = offset_;
-    uint32_t k0 = key_[0], k1 = key_[1];
+    uint32_t k0 = key[0], k1 = key[1];
     FA_UNROLL
     for (int round = 0; round < 10; ++round) {
       const uint32_t h0 = multiply_high(0xD2511F53u, c0), l0 = 0xD2511F53u * c0;

@@ -88,14 +88,16 @@ struct Mask {
 // Calls f(reg) for every element of an accumulator, its element (0, 0) being (query, key), that the mask hides.
 template <class Accumulator, class IntRows, class F>
 FA_DEVICE void for_each_hidden(const Mask& mask, int query, int key, F&& f) {
-  IntRows begin, end;
-  query = unhoisted(query);
+  const int first_begin = unhoisted(query + mask.shift - mask.left - key);
+  const int first_end = unhoisted(query + mask.shift + mask.right + 1 - key), last_end = mask.len_k - key;
+  IntRows begin, count;
   IntRows::for_each([&](int slot, int row, bool) {
-    begin[slot] = mask.row_begin(query + row) - key;
-    end[slot] = mask.row_end(query + row) - key;
+    begin[slot] = mask.left < 0 ? -key : first_begin + row;
+    const int end = mask.right < 0 ? last_end : min_int(last_end, first_end + row);
+    count[slot] = max_int(0, end - begin[slot]);
   });
   Accumulator::for_each([&](int slot, int, int col, int reg) {
-    if (col < begin[slot] || col >= end[slot]) f(reg);
+    if (uint32_t(col - begin[slot]) >= uint32_t(count[slot])) f(reg);  // one comparison for both ends
   });
 }
 

@@ -19,26 +19,34 @@ class ScoreModifier {
   // The factor left for the softmax.
   FA_DEVICE Scalar scale_log2() const { return active() ? Scalar(1) : uniform(scale_ * Scalar(kLog2E)); }
 
-  // Raw score of (query, key) to log2 units.
-  FA_DEVICE Scalar apply(Scalar raw, int query, int key) const {
-    Scalar derivative;
-    return apply(raw, query, key, derivative);
+  // Raw scores, element (0, 0) that of (query, key), to log2 units. One branch for a whole tile, not for each element.
+  template <class Scores>
+  FA_DEVICE void apply(Scores& scores, int query, int key) const {
+    apply(scores, query, key, [](int, Scalar) {});
   }
 
-  // Also gives the derivative of the softcap.
-  FA_DEVICE Scalar apply(Scalar raw, int query, int key, Scalar& derivative) const {
-    derivative = 1;
-    if (!active()) return raw;
-    Scalar score = raw * scale_;
+  // Also calls differentiate(reg, derivative of the softcap), where there is one.
+  template <class Scores, class F>
+  FA_DEVICE void apply(Scores& scores, int query, int key, F&& differentiate) const {
+    if (!active()) return;
     const Scalar softcap = p_.softcap;
     if (softcap > 0) {
-      const Scalar t = tanh_accurate(score / softcap);
-      score = softcap * t;
-      derivative = Scalar(1) - t * t;
+      Scores::for_each([&](int, int, int, int reg) {
+        const Scalar t = tanh_accurate(scores[reg] * scale_ / softcap);
+        differentiate(reg, Scalar(1) - t * t);
+        scores[reg] = softcap * t;
+      });
+    } else {
+      Scores::for_each([&](int, int, int, int reg) { scores[reg] *= scale_; });
     }
-    const int distance = query + shift_ - key;
-    score -= slope_ * Scalar(distance < 0 ? -distance : distance);
-    return score * Scalar(kLog2E);
+    if (p_.alibi_slopes != nullptr) {
+      const int shift = query + shift_ - key;
+      Scores::for_each([&](int, int row, int col, int reg) {
+        const int distance = shift + row - col;
+        scores[reg] -= slope_ * Scalar(distance < 0 ? -distance : distance);
+      });
+    }
+    Scores::for_each([&](int, int, int, int reg) { scores[reg] *= Scalar(kLog2E); });
   }
 
  private:

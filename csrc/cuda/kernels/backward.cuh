@@ -93,8 +93,8 @@ struct Backward {
         seq(p, work.batch),
         mask(p, seq),
         group(p.heads_q / p.heads_kv),
-        query_begin(mask.queries_begin(work.key_begin) / kM * kM),
-        query_steps(steps()),
+        query_begin(uniform(mask.queries_begin(work.key_begin) / kM * kM)),
+        query_steps(uniform(steps())),
         shared(shared),
         k_tile(shared),
         v_tile(shared + KTile::kBytes),
@@ -117,9 +117,9 @@ struct Backward {
     int head, query, stage;
     const T *q, *dout;
     const Scalar *lse, *delta;
-    int64_t dq_block;  // of the workspace
+    int dq_block;  // of the workspace
   };
-  FA_DEVICE Step first(const Params& p, int head, int stage) const {
+  FA_DEVICE Step first(int head, int stage) const {
     const int64_t row = seq.first_q + query_begin;
     return {head,
             query_begin,
@@ -128,19 +128,30 @@ struct Backward {
             head_rows<const T>(p.dout, work.batch, head, row),
             head_rows<const Scalar>(p.lse, work.batch, head, row),
             head_rows<const Scalar>(p.delta, work.batch, head, row),
-            head * query_blocks(p, kM) + first_query_block(p, work.batch, seq.first_q, kM) + query_begin / kM};
+            int(head * query_blocks(p, kM) + first_query_block(p, work.batch, seq.first_q, kM)) + query_begin / kM};
   }
   FA_DEVICE Step next(const Step& step) const {
     const int stage = (step.stage + 1) % kStages, query = step.query + kM;
-    if (query >= query_begin + query_steps * kM) return first(reread(p), step.head + 1, stage);
-    return {step.head,
-            query,
+    if (query < query_begin + query_steps * kM) {
+      return {step.head,
+              query,
+              stage,
+              step.q + kM * p.q.row_stride,
+              step.dout + kM * p.dout.row_stride,
+              step.lse + kM,
+              step.delta + kM,
+              step.dq_block + 1};
+    }
+    const Params& p = reread(this->p);
+    const int back = step.query - query_begin;  // rows
+    return {step.head + 1,
+            query_begin,
             stage,
-            step.q + kM * p.q.row_stride,
-            step.dout + kM * p.dout.row_stride,
-            step.lse + kM,
-            step.delta + kM,
-            step.dq_block + 1};
+            step.q + (p.q.head_stride - back * p.q.row_stride),
+            step.dout + (p.dout.head_stride - back * p.dout.row_stride),
+            step.lse + (p.lse.head_stride - back),
+            step.delta + (p.delta.head_stride - back),
+            step.dq_block + (int(query_blocks(p, kM)) - back / kM)};
   }
 
   FA_DEVICE QTile q_tile(int stage) const {
@@ -166,7 +177,7 @@ struct Backward {
                   p.head_dim, aligned());
       v_tile.load(head_rows<const T>(p.v, work.batch, work.kv_head, seq.first_k + work.key_begin), p.v.row_stride, keys,
                   p.head_dim, aligned());
-      Step step = first(p, work.kv_head * group, 0);
+      Step step = first(work.kv_head * group, 0);
       QTile q = q_tile(0), dout = do_tile(0);
       load_queries(q, dout, step);
       A::commit();
@@ -211,14 +222,15 @@ struct Backward {
 
     ds_tile.put(gradient);
     A::sync();
-    const int64_t block = step.dq_block;
+    const Params& p = reread(this->p);
+    const int block = step.dq_block;
     const int turn = p.deterministic ? A::peek_turn(p.dq_turn + block) : 0;
     A::multiply_tn(dv, p_tile, dout);
     QueryGradient dq;
     dq.fill(Scalar(0));
     A::multiply_nn(dq, ds_tile, k_tile);
     if (p.deterministic) A::wait_turn(p.dq_turn + block, blocks_before(step.query), turn);
-    A::accumulate(dq, static_cast<Scalar*>(p.dq_accum) + block * (kM * kD));
+    A::accumulate(dq, static_cast<Scalar*>(p.dq_accum) + int64_t(block) * (kM * kD));
     A::multiply_tn(dk, ds_tile, q);
     if (p.deterministic) A::pass_turn(p.dq_turn + block);  // by now the additions have landed: nobody waits for them
   }
@@ -250,13 +262,12 @@ struct Backward {
       });
     }
     const Scalar scale_log2 = modifier.scale_log2();
-    Scores::for_each([&](int slot, int row, int col, int reg) {
-      Scalar derivative;
-      const Scalar score = modifier.apply(scores[reg], step.query + row, work.key_begin + col, derivative);
-      const Scalar probability = exp2_fast(fma_rn(score, scale_log2, negated_lse[slot]));
+    Scores::for_each([&](int slot, int, int, int reg) { gradient[reg] -= delta[slot]; });
+    modifier.apply(scores, step.query, work.key_begin, [&](int reg, Scalar derivative) { gradient[reg] *= derivative; });
+    Scores::for_each([&](int slot, int, int, int reg) {
+      const Scalar probability = exp2_fast(fma_rn(scores[reg], scale_log2, negated_lse[slot]));
       scores[reg] = probability;
-      gradient[reg] = probability * (gradient[reg] - delta[slot]);
-      if (kModified) gradient[reg] *= derivative;
+      gradient[reg] *= probability;
     });
     if (masked) {
       for_each_hidden<Scores, IntRows>(mask, step.query, work.key_begin,

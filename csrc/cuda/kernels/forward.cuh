@@ -124,11 +124,7 @@ struct Forward {
   FA_DEVICE void score(Scores& scores, int key) {
     scores.fill(Scalar(0));
     A::multiply_nt(scores, q_tile, k_tile);
-    if (kModified) {
-      Scores::for_each([&](int, int row, int col, int reg) {
-        scores[reg] = modifier.apply(scores[reg], work.query_begin + row, key + col);
-      });
-    }
+    modifier.apply(scores, work.query_begin, key);
     if (!mask.all_visible(work.query_begin, work.query_begin + kM, key, key + kN)) {
       for_each_hidden<Scores, IntRows>(mask, work.query_begin, key,
                                        [&](int reg) { scores[reg] = -infinity<Scalar>(); });

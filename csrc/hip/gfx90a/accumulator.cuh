@@ -38,15 +38,16 @@ class Rows {
 
   template <class F>
   static FA_DEVICE void for_each(F&& f) {
+    const int across = Layout::kLaneOwnsRow ? S::lane_row() : unhoisted(4 * S::group());  // see Accumulator::for_each
     FA_UNROLL
     for (int tile = 0; tile < Layout::kTiles; ++tile) {
       const int first = Layout::wave_m() * Layout::kWaveRows + tile * Layout::kTile;
       FA_UNROLL
       for (int i = 0; i < Layout::kSlotsOfTile; ++i) {
         if constexpr (Layout::kLaneOwnsRow) {
-          f(tile, first + S::lane_row(), S::group() == 0 && Layout::wave_n() == 0);
+          f(tile, first + across, S::group() == 0 && Layout::wave_n() == 0);
         } else {
-          f(tile * S::kRegs + i, first + S::result_row(i), S::lane_row() == 0 && Layout::wave_n() == 0);
+          f(tile * S::kRegs + i, first + S::kStep * (i / 4) + i % 4 + across, S::lane_row() == 0 && Layout::wave_n() == 0);
         }
       }
     }
@@ -55,27 +56,25 @@ class Rows {
   FA_DEVICE void read(const Scalar* src, int count, Scalar beyond) {
     static_assert(sizeof(Scalar) == 4);
     const Buffer buffer(src, count > 0 ? uint32_t(count < M ? count : M) * 4 : 0);
+    const int lane_row = Layout::wave_m() * Layout::kWaveRows + (Layout::kLaneOwnsRow ? S::lane_row() : 4 * S::group());
+    const int across = unhoisted(lane_row);
     FA_UNROLL
     for (int tile = 0; tile < Layout::kTiles; ++tile) {
-      const int first = Layout::wave_m() * Layout::kWaveRows + tile * Layout::kTile;
-      if constexpr (Layout::kLaneOwnsRow) {
-        const int row = first + S::lane_row();
-        const Scalar x = buffer.read(4 * row);
-        values_[tile] = row < count ? x : beyond;
-      } else {
-        FA_UNROLL
-        for (int i = 0; i < S::kRegs; i += 4) {
-          Scalar* quad = values_ + tile * S::kRegs + i;
-          const int row = first + S::result_row(i);
-          if (count >= M) {
-            const Vector<float, 4> four = buffer.read_four(4 * row);
-            quad[0] = four.x, quad[1] = four.y, quad[2] = four.z, quad[3] = four.w;
-          } else {  // a quad may lie across the end
-            FA_UNROLL
-            for (int k = 0; k < 4; ++k) {
-              const Scalar x = buffer.read(4 * (row + k));
-              quad[k] = row + k < count ? x : beyond;
-            }
+      FA_UNROLL
+      for (int i = 0; i < Layout::kSlotsOfTile; i += 4) {
+        Scalar* values = values_ + tile * Layout::kSlotsOfTile + i;
+        const int along = tile * Layout::kTile + S::kStep * (i / 4);
+        if constexpr (Layout::kLaneOwnsRow) {
+          const Scalar x = buffer.read(4 * (across + along));
+          values[0] = along < count - across ? x : beyond;
+        } else if (count >= M) {
+          const Vector<float, 4> four = buffer.read_four(4 * (across + along));
+          values[0] = four.x, values[1] = four.y, values[2] = four.z, values[3] = four.w;
+        } else {  // a quad may lie across the end
+          FA_UNROLL
+          for (int k = 0; k < 4; ++k) {
+            const Scalar x = buffer.read(4 * (across + along + k));
+            values[k] = along + k < count - across ? x : beyond;
           }
         }
       }

@@ -186,13 +186,12 @@ struct Gfx90a::Block {
                                  F&& f) {
     constexpr int kLanesOfRow = 8, kElements = gfx90a::kChunkElements<T>, kRowsAtOnce = kThreads / kLanesOfRow;
     static_assert(ROWS % kRowsAtOnce == 0);
-    const gfx90a::AlignedRows<T> a_rows(a, a_stride, rows, cols), b_rows(b, b_stride, rows, cols);
+    const gfx90a::MemoryRows<T> a_rows(a, a_stride, rows, cols, aligned), b_rows(b, b_stride, rows, cols, aligned);
     for (int first = 0; first < ROWS; first += kRowsAtOnce) {
       const int row = first + lane() / kLanesOfRow;
       float sum = 0;
       for (int col = lane() % kLanesOfRow * kElements; col < D; col += kLanesOfRow * kElements) {
-        const auto x = aligned ? a_rows.read(0, row, col) : gfx90a::read_elements<T>(a + row * a_stride + col, row < rows ? cols - col : 0);
-        const auto y = aligned ? b_rows.read(0, row, col) : gfx90a::read_elements<T>(b + row * b_stride + col, row < rows ? cols - col : 0);
+        const auto x = a_rows.read(0, row, col), y = b_rows.read(0, row, col);
         FA_UNROLL
         for (int i = 0; i < kElements; ++i) sum = fma_rn(gfx90a::widen_bits<T>(x[i]), gfx90a::widen_bits<T>(y[i]), sum);
       }

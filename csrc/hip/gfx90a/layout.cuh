@@ -44,16 +44,18 @@ struct StraightLayout {
     return (lane_part ^ (first % kPeriod * 16)) + row0 * (kChunks * 16) + first / kPeriod * (kPeriod * 16);
   }
 
-  // The same for element i of the fp32 quad with k along the rows: step `step`, columns col0..col0 + TILE - 1.
+  // The same for single elements: this lane's of column `col`, rows 4 * group + i of each step.
   template <int TILE>
-  static FA_DEVICE int column_lane_part() {
-    const int row = 4 * Shape<TILE>::group(), col = Shape<TILE>::lane_row();
-    return row * (kChunks * 16) + (col / 4 ^ Swizzle<kChunks>::key(row)) * 16 + col % 4 * 4;
+  static FA_DEVICE int element_lane_part(int col) {
+    static_assert(kPeriod == 8);
+    constexpr int kElements = kChunkElements<T>;
+    const int row = 4 * Shape<TILE>::group();
+    return row * (kChunks * 16) + (col / kElements ^ Swizzle<kChunks>::key(row)) * 16 + col % kElements * int(sizeof(T));
   }
+  // col0: columns to the right of those, a multiple of 16.
   template <int TILE>
   static FA_DEVICE int element_offset(int lane_part, int step, int i, int col0) {
-    static_assert(sizeof(T) == 4 && kPeriod == 8);
-    const int row = Shape<TILE>::kStep * step + i, chunk = col0 / 4;
+    const int row = Shape<TILE>::kStep * step + i, chunk = col0 / kChunkElements<T>;
     return (lane_part ^ ((chunk % 8 ^ i) * 16)) + row * (kChunks * 16) + chunk / 8 * 128;
   }
 };

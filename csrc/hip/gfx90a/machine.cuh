@@ -168,13 +168,16 @@ class Buffer {
   Vector<int, 4> descriptor_;
 };
 
-// Rows of a matrix in device memory, in 16-byte chunks. Wants AttentionParams::aligned.
+// Rows of a matrix in device memory, at most kMaxRowBytes apart, read in 16-byte chunks. Rows and columns that do not exist
+// read as zero.
 template <class T>
-class AlignedRows {
+class MemoryRows {
  public:
-  FA_DEVICE AlignedRows(const T* src, int64_t row_stride, int rows, int cols)
+  FA_DEVICE MemoryRows(const T* src, int64_t row_stride, int rows, int cols, bool aligned)
       : base_(reinterpret_cast<const char*>(src)),
+        rows_(rows),
         cols_(cols),
+        aligned_(aligned),
         row_bytes_(rows > 1 ? uint32_t(row_stride) * uint32_t(sizeof(T)) & kMaxRowBytes : kMaxRowBytes),
         bytes_(rows > 0 ? (rows - 1) * row_bytes_ + cols * uint32_t(sizeof(T)) : 0) {}
 
@@ -182,40 +185,51 @@ class AlignedRows {
   FA_DEVICE Chunk<T> read(int first_row, int row, int col) const {
     const uint32_t skipped = first_row * row_bytes_;
     const Buffer buffer(base_ + skipped, bytes_ > skipped ? bytes_ - skipped : 0);
-    return __builtin_bit_cast(Chunk<T>, buffer.read_four(offset(row, col)));
+    if (aligned_) return __builtin_bit_cast(Chunk<T>, buffer.read_four(col < cols_ ? offset(row, col) : kBehindTheEnd));
+    Chunk<T> x;
+    FA_UNROLL
+    for (int i = 0; i < kChunkElements<T>; ++i) x[i] = read_one(buffer, offset(row, col) + i * sizeof(T));
+    return first_of(x, first_row + row < rows_ ? cols_ - col : 0);
   }
-  FA_DEVICE Bits<T> read_element(int row, int col) const {
+
+  // The same of a column: rows row, row + 1, ...
+  FA_DEVICE Chunk<T> read_column(int row, int col) const {
     const Buffer buffer(base_, bytes_);
-    if constexpr (sizeof(T) == 4) {
-      return buffer.read(offset(row, col));
-    } else {
-      return buffer.read_half(offset(row, col));
-    }
+    Chunk<T> x;
+    FA_UNROLL
+    for (int i = 0; i < kChunkElements<T>; ++i) x[i] = read_one(buffer, offset(row + i, col));
+    return first_of(x, col < cols_ ? rows_ - row : 0);
   }
 
  private:
-  FA_DEVICE uint32_t offset(int row, int col) const {
-    return col < cols_ ? uint32_t(row) * row_bytes_ + col * uint32_t(sizeof(T)) : kBehindTheEnd;
-  }
+  static constexpr uint32_t kBehindTheEnd = uint32_t(-16);  // an inline constant
 
-  static constexpr uint32_t kBehindTheEnd = uint32_t(-16);   // an inline constant
-  static constexpr uint32_t kMaxRowBytes = (1 << 24) - 1;    // 24 bits multiply fast; a single row may have any stride
+  FA_DEVICE uint32_t offset(int row, int col) const {
+    return uint32_t(row) * row_bytes_ + col * uint32_t(sizeof(T));
+  }
+  static FA_DEVICE Bits<T> read_one(const Buffer& buffer, uint32_t offset) {
+    if constexpr (sizeof(T) == 4) {
+      return buffer.read(offset);
+    } else {
+      return buffer.read_half(offset);
+    }
+  }
+  // The others zero. One after the other, since the conditions of all would not fit in the scalar registers.
+  static FA_DEVICE Chunk<T> first_of(Chunk<T> x, int count) {
+    count = unhoisted(count);
+    FA_UNROLL
+    for (int i = 0; i < kChunkElements<T>; ++i) {
+      x[i] = i < count ? x[i] : Bits<T>(0);
+      __builtin_amdgcn_sched_barrier(0);
+    }
+    return x;
+  }
 
   const char* base_;
-  int cols_;
+  int rows_, cols_;
+  bool aligned_;
   uint32_t row_bytes_, bytes_;
 };
-
-// A chunk of device memory whose elements at `count` and beyond are zero and unread: where nothing is known of its alignment.
-template <class T>
-FA_DEVICE Chunk<T> read_elements(const T* src, int count) {
-  Chunk<T> x = {};
-  FA_UNROLL
-  for (int i = 0; i < kChunkElements<T>; ++i) {
-    if (i < count) x[i] = reinterpret_cast<const Bits<T>*>(src)[i];
-  }
-  return x;
-}
 
 // The first `count` of N elements. With `vectors` dst is aligned, and count is 0 or less or at least N.
 template <class T, int N>

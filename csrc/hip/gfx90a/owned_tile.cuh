@@ -28,26 +28,20 @@ class OwnedTile {
   static constexpr int kColTiles = kWaveCols / kColTile;
   static constexpr int kColChunks = ROWS / kChunkElements<T> / Shape<kColTile>::kGroups;
   static constexpr bool kColumns = (USES & kKN) != 0;
+  static constexpr int kColumnRegisters = 4 * kColTiles * kColChunks;
 
   FA_DEVICE explicit OwnedTile(char*) {}
 
   FA_DEVICE void load(const T* src, int64_t row_stride, int rows, int cols, bool aligned) {
-    const AlignedRows<T> from(src, row_stride, rows < ROWS ? rows : ROWS, cols);
+    const MemoryRows<T> from(src, row_stride, rows < ROWS ? rows : ROWS, cols, aligned);
     FA_UNROLL
     for (int t = 0; t < kTiles; ++t) {
       FA_UNROLL
       for (int g = 0; g < kRowChunks; ++g) {
-        const int row = first_row(t) + S::lane_row(), col = (S::kGroups * g + S::group()) * kElements;
-        rows_[t][g] = aligned ? from.read(first_row(t), S::lane_row(), col)
-                              : read_elements<T>(src + row * row_stride + col, row < rows ? cols - col : 0);
+        rows_[t][g] = from.read(first_row(t), S::lane_row(), (S::kGroups * g + S::group()) * kElements);
       }
     }
-    if constexpr (kColumns) {
-      load_columns([&](int row, int col) {
-        if (aligned) return from.read_element(row, col);
-        return row < rows && col < cols ? reinterpret_cast<const Bits<T>*>(src)[row * row_stride + col] : Bits<T>(0);
-      });
-    }
+    if constexpr (kColumns) load_columns(from);
   }
   FA_DEVICE void land() {}
 
@@ -95,8 +89,7 @@ class OwnedTile {
   static FA_DEVICE int first_row(int t) { return wave_of_block() * kWaveRows + t * kTile; }
 
   // Chunks with k along the rows, elements in ascending order, of the columns this wave multiplies.
-  template <class Read>
-  FA_DEVICE void load_columns(Read&& read) {
+  FA_DEVICE void load_columns(const MemoryRows<T>& from) {
     using C = Shape<kColTile>;
     FA_UNROLL
     for (int t = 0; t < kColTiles; ++t) {
@@ -104,9 +97,8 @@ class OwnedTile {
       FA_UNROLL
       for (int g = 0; g < kColChunks; ++g) {
         const int row = (C::kGroups * g + C::group()) * kElements;
-        FA_UNROLL
-        for (int i = 0; i < kElements; ++i) columns_[t][g][i] = read(row + i, col);
-        columns_[t][g] = kept_aside(columns_[t][g]);
+        columns_[t][g] = from.read_column(row, col);
+        if constexpr (kColumnRegisters >= 48) columns_[t][g] = kept_aside(columns_[t][g]);
       }
     }
   }
@@ -138,27 +130,18 @@ class ProductTile {
         quads_[n][s] = x.template quad<T>(s / kOfTile, n, s % kOfTile);
       }
     }
-    if constexpr (kShared) put_shared();
+    if constexpr (kShared) {
+      FA_UNROLL
+      for (int n = 0; n < Source::kTilesN; ++n) {
+        shared_.template set_quads<kTile>(Source::first_col() + n * kTile + Shape<kTile>::lane_row(), quads_[n]);
+      }
+    }
   }
 
   FA_DEVICE const Quad<T>& quad(int n, int step) const { return quads_[n][step]; }
   FA_DEVICE const Shared& shared() const { return shared_; }
 
  private:
-  FA_DEVICE void put_shared() {
-    using S = Shape<kTile>;
-    FA_UNROLL
-    for (int n = 0; n < Source::kTilesN; ++n) {
-      FA_UNROLL
-      for (int s = 0; s < kSteps; ++s) {
-        FA_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          shared_.set(S::kStep * s + 4 * S::group() + i, Source::first_col() + n * kTile + S::lane_row(), quads_[n][s][i]);
-        }
-      }
-    }
-  }
-
   Quad<T> quads_[Source::kTilesN][kSteps];
   Shared shared_;
 };

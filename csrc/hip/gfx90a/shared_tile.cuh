@@ -24,17 +24,10 @@ class SharedTile {
   FA_DEVICE explicit SharedTile(char* shared) : straight_((SharedPointer)shared), transposed_(straight_ + (kStraight ? kCopyBytes : 0)) {}
 
   FA_DEVICE void load(const T* src, int64_t row_stride, int rows, int cols, bool aligned) {
-    if (aligned) {
-      const AlignedRows<T> from(src, row_stride, rows < ROWS ? rows : ROWS, cols);
-      for_each_vector([&](const Unit& where, int uniform_row, int row, int v) {
-        staged_[v] = from.read(uniform_row, row, where.col);
-      });
-    } else {
-      for_each_vector([&](const Unit& where, int uniform_row, int row, int v) {
-        row += uniform_row;
-        staged_[v] = read_elements<T>(src + row * row_stride + where.col, row < rows ? cols - where.col : 0);
-      });
-    }
+    const MemoryRows<T> from(src, row_stride, rows < ROWS ? rows : ROWS, cols, aligned);
+    for_each_vector([&](const Unit& where, int uniform_row, int row, int v) {
+      staged_[v] = from.read(uniform_row, row, where.col);
+    });
   }
 
   FA_DEVICE void land() {
@@ -77,7 +70,7 @@ class SharedTile {
   template <int TILE>
   static FA_DEVICE int column_lane_part() {
     if constexpr (sizeof(T) == 4) {
-      return Straight::template column_lane_part<TILE>();
+      return Straight::template element_lane_part<TILE>(Shape<TILE>::lane_row());
     } else if constexpr (kColumnQuads == 2) {
       return Transposed::template lane_part<TILE>();
     } else {
@@ -110,6 +103,19 @@ class SharedTile {
 
   FA_DEVICE void set(int row, int col, Bits<T> x) {
     at<Bits<T>>(straight_ + Straight::offset(row, col / kElements) + col % kElements * int(sizeof(T))) = x;
+  }
+
+  // Quads of an accumulator's lane whose column is `col`: rows 4 * group + i of each step.
+  template <int TILE, int STEPS>
+  FA_DEVICE void set_quads(int col, const Quad<T> (&quads)[STEPS]) {
+    const int lane_part = unhoisted(Straight::template element_lane_part<TILE>(col));
+    FA_UNROLL
+    for (int s = 0; s < STEPS; ++s) {
+      FA_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        at<Bits<T>>(straight_ + Straight::template element_offset<TILE>(lane_part, s, i, 0)) = quads[s][i];
+      }
+    }
   }
 
   FA_DEVICE void write(T* dst, int64_t row_stride, int rows, int cols, bool aligned) const {
