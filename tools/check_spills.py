@@ -18,9 +18,10 @@ from tools.build import BuildError, from_environment
 from tools.build.cuda import CudaBackend, compiler_path
 from tools.build.instances import FAMILIES, Instance, InstanceFile
 
-# Spill stores, in bytes, that a kernel may have. The plain forward at 128 needs some ten words more than the 255 registers
-# of a thread; what it spills is read once a key block, outside the multiplies. Sharing address registers between K and V
-# avoids it, and costs a tenth of the speed: their fragments then need moves. The backward is two words over on sm_80.
+# Spill stores, in bytes, that a kernel may have. The plain forward at 128 needs some ten words more than the 255
+# registers of a thread; what it spills is read once a key block, outside the multiplies. Sharing address registers
+# between K and V avoids it, and costs a tenth of the speed: their fragments then need moves. The backward is two words
+# over on sm_80.
 ALLOWED_BYTES = {
     f"{kernel}_{dtype}_d128_plain": allowed
     for kernel, allowed in (("forward", 80), ("backward", 8))

@@ -53,8 +53,8 @@ struct AttentionParams {
   DType dtype;
   bool performance_mode;          // bf16 multiplies for fp16 data, P and dS narrowed toward zero
   bool aligned;                   // every pointer and stride of q k v out (dout) allows 16-byte access
-  // Launch order, no bits depend on it: blocks of this many heads (query heads in the forward, KV heads in the backward)
-  // are interleaved, the longest first. Filled by the backend; at least 1.
+  // Launch order, no bits depend on it: blocks of this many heads (query heads in the forward, KV heads in the
+  // backward) are interleaved, the longest first. Filled by the backend; at least 1.
   int head_group;
 };
 

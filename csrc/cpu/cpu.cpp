@@ -12,7 +12,7 @@
 namespace flash_attn {
 namespace {
 
-// ---- threads ---------------------------------------------------------------------------------------------------------
+// ---- threads -------------------------------------------------------------------------------------------------------
 
 int thread_count(const Queue& queue) { return queue.threads.run == nullptr ? 1 : max_int(1, queue.threads.count); }
 
@@ -21,8 +21,8 @@ int thread_count(const Queue& queue, int64_t count) {
   return int(count < thread_count(queue) ? count : thread_count(queue));
 }
 
-// Calls item(index, thread) for every index in [0, count). Indices are taken in ascending order, each by a thread that is
-// already running: an item may wait for one with a smaller index.
+// Calls item(index, thread) for every index in [0, count). Indices are taken in ascending order, each by a thread that
+// is already running: an item may wait for one with a smaller index.
 template <class F>
 void for_each_item(const Queue& queue, int64_t count, F&& item) {
   struct Shared {
@@ -60,7 +60,7 @@ void launch(const KernelInfo& kernel, const Params& params, char* scratch, const
   });
 }
 
-// ---- kernels ---------------------------------------------------------------------------------------------------------
+// ---- kernels -------------------------------------------------------------------------------------------------------
 
 bool is_modified(const AttentionParams& p) {
   return p.softcap > 0 || p.alibi_slopes != nullptr || p.dropout_p > 0 || !(p.softmax_scale > 0);
@@ -84,7 +84,7 @@ const KernelInfo& backward_kernel(const BackwardParams& p) {
 
 size_t accum_size(DType dtype) { return dtype == DType::kFloat64 ? sizeof(double) : sizeof(float); }
 
-// ---- forward ---------------------------------------------------------------------------------------------------------
+// ---- forward -------------------------------------------------------------------------------------------------------
 
 // What Forward's blocks leave for Combine.
 struct PartialBytes {
@@ -126,7 +126,7 @@ void forward(ForwardParams p, void* workspace, const Queue& queue) {
   if (p.num_splits > 1) launch(find(KernelKind::kCombine, p.dtype), p, scratch, queue);
 }
 
-// ---- backward --------------------------------------------------------------------------------------------------------
+// ---- backward ------------------------------------------------------------------------------------------------------
 
 // The order of dQ's sums is always fixed: blocks take turns, which costs the host nothing.
 struct BackwardBytes {

@@ -1,7 +1,7 @@
 // Accumulators and what belongs to them. The one lane owns every element.
 //
-// A layout says which way the vectors lie. kRowsInVectors: element (row, col) at col * M + row, so that what is one value
-// per row (maxima, sums, scales) is a vector too; kColsInVectors: at row * N + col.
+// A layout says which way the vectors lie. kRowsInVectors: element (row, col) at col * M + row, so that what is one
+// value per row (maxima, sums, scales) is a vector too; kColsInVectors: at row * N + col.
 #pragma once
 
 #include "pack.h"

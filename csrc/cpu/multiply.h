@@ -15,7 +15,8 @@ struct Factor {
   using Scalar = AccumOf<T>;
   using Unit = Scalar;
   static constexpr int kPerUnit = 1;  // elements along k
-  // Short for fp32, where it halves the error: 1.8e-6 at head_dim 128 with one chain, 0.8e-6 with 16, for 2% of the time.
+  // Short for fp32, where it halves the error: 1.8e-6 at head_dim 128 with one chain, 0.8e-6 with 16, for 2% of the
+  // time.
   static constexpr int kChain = std::is_same_v<T, float> ? 16 : 256;
   static FA_INLINE Vector<Scalar> multiply_add(Vector<Scalar> c, Vector<Unit> a, Vector<Unit> b) {
     return FA_ISA::multiply_add(a, b, c);
@@ -38,8 +39,8 @@ struct Factor<BFloat16> {
 // Extents of tiles in use are rounded up to this, the rest being zero: so no loop has a remainder.
 constexpr int kExtent = 16;
 
-// 8 x 2 vectors of c in registers: 16 chains cover the multiply-add's latency, and with two vectors of b and a splat they
-// fit the 32 registers of AVX-512 and Arm. Machines with 16 registers hold 4 x 2 and 3 others.
+// 8 x 2 vectors of c in registers: 16 chains cover the multiply-add's latency, and with two vectors of b and a splat
+// they fit the 32 registers of AVX-512 and Arm. Machines with 16 registers hold 4 x 2 and 3 others.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kPanelRows = 8;
 #else

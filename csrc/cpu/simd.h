@@ -96,7 +96,8 @@ FA_INLINE void widen_row(const T* src, AccumOf<T>* widened, int count) {
   if constexpr (std::is_same_v<T, Half>) {
 #if defined(__AVX512F__)
     for (; i + 16 <= count; i += 16) {
-      _mm512_storeu_ps(widened + i, _mm512_maskz_cvtph_ps(kAll, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + i))));
+      _mm512_storeu_ps(widened + i,
+                       _mm512_maskz_cvtph_ps(kAll, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + i))));
     }
 #elif defined(__F16C__)
     for (; i + 8 <= count; i += 8) {
@@ -122,8 +123,9 @@ FA_INLINE void narrow_row(const AccumOf<T>* src, T* dst, int count) {
   if constexpr (std::is_same_v<T, Half> && R == Rounding::kNearestEven) {
 #if defined(__AVX512F__)
     for (; i + 16 <= count; i += 16) {
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst + i),
-                          _mm512_maskz_cvtps_ph(kAll, _mm512_loadu_ps(src + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+      _mm256_storeu_si256(
+          reinterpret_cast<__m256i*>(dst + i),
+          _mm512_maskz_cvtps_ph(kAll, _mm512_loadu_ps(src + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     }
 #elif defined(__F16C__)
     for (; i + 8 <= count; i += 8) {
@@ -156,7 +158,8 @@ FA_INLINE void round_row(const AccumOf<T>* src, AccumOf<T>* dst, int count) {
 #if defined(__AVX512F__)
     constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
     for (; i + 16 <= count; i += 16) {
-      _mm512_storeu_ps(dst + i, _mm512_maskz_cvtph_ps(kAll, _mm512_maskz_cvtps_ph(kAll, _mm512_loadu_ps(src + i), kNearest)));
+      _mm512_storeu_ps(dst + i,
+                       _mm512_maskz_cvtph_ps(kAll, _mm512_maskz_cvtps_ph(kAll, _mm512_loadu_ps(src + i), kNearest)));
     }
 #elif defined(__F16C__)
     constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;

@@ -1,5 +1,6 @@
 // A block of a tensor in scratch, in the forms that its uses multiply it in. What the multiplies do not need, rows
-// beyond the tensor's end and columns beyond head_dim, is neither stored nor multiplied, but for rounding up to kExtent.
+// beyond the tensor's end and columns beyond head_dim, is neither stored nor multiplied, but for rounding up to
+// kExtent.
 #pragma once
 
 #include "fragment.h"
@@ -86,8 +87,8 @@ class Tile {
   FA_INLINE Upcoming* header_upcoming() const { return reinterpret_cast<Upcoming*>(shared_ + 16); }
   FA_INLINE void set_upcoming(const T* src, int64_t row_stride, int rows, int cols) {
     const int lines = (cols * int(sizeof(T)) + 63) / 64;
-    *header_upcoming() = {reinterpret_cast<const char*>(src), row_stride * int64_t(sizeof(T)), rows < ROWS ? rows : ROWS,
-                          lines, 0};
+    *header_upcoming() = {reinterpret_cast<const char*>(src), row_stride * int64_t(sizeof(T)),
+                          rows < ROWS ? rows : ROWS, lines, 0};
   }
   FA_INLINE Unit* form(int index) const { return reinterpret_cast<Unit*>(shared_ + kHeaderBytes + index * kFormBytes); }
   FA_INLINE T* staging() const { return reinterpret_cast<T*>(shared_ + kHeaderBytes); }

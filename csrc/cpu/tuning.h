@@ -1,5 +1,5 @@
-// Block sizes for the host, one row a kernel and element size. kBlockN of the forward is part of the numerics contract (it
-// fixes the order of the online softmax): changing it changes bits.
+// Block sizes for the host, one row a kernel and element size. kBlockN of the forward is part of the numerics contract
+// (it fixes the order of the online softmax): changing it changes bits.
 #pragma once
 
 #include "../cuda/tile/tile.cuh"
@@ -21,7 +21,7 @@ struct Tuning<Kernel::kForward, T, D> {
 // Columns in vectors: K and V are the transposed side, once a block; Q and dO stream past as they lie in memory.
 template <class T, int D>
 struct Tuning<Kernel::kBackward, T, D> {
-  static constexpr int kBlockM = 64, kBlockN = 128, kWarps = kColsInVectors, kMinBlocks = 1;
+  static constexpr int kBlockM = 64, kBlockN = 64, kWarps = kColsInVectors, kMinBlocks = 1;
   static constexpr int kWarpsM = 1, kWarpsN = 1, kWarpsQ = 1, kStages = 1;  // one lane: nothing to divide
 };
 

@@ -85,8 +85,9 @@ FA_DEVICE float exp2_fast(float x) {
 #elif FA_GPU
 FA_DEVICE float exp2_fast(float x) { return ::exp2f(x); }  // parsed by the host pass, never run
 #else
-// 2^x = scale * (1 + excess) for x in [-126, 127]: scale is 2 to the nearest integer, made from bits, and excess a minimax
-// polynomial on [-1/2, 1/2] (1.6e-8 of 2^x before rounding; 0 at 0). Branch-free, so that loops over it vectorise.
+// 2^x = scale * (1 + excess) for x in [-126, 127]: scale is 2 to the nearest integer, made from bits, and excess a
+// minimax polynomial on [-1/2, 1/2] (1.6e-8 of 2^x before rounding; 0 at 0). Branch-free, so that loops over it
+// vectorise.
 struct Exp2Parts {
   float scale, excess;
 
@@ -135,7 +136,8 @@ FA_DEVICE float tanh_accurate(float x) {
 #elif FA_GPU
 FA_DEVICE float tanh_accurate(float x) { return ::tanhf(x); }
 #else
-// (e^2x - 1) / (e^2x + 1) of the magnitude, the numerator without cancellation; vectorises, a few units in the last place.
+// (e^2x - 1) / (e^2x + 1) of the magnitude, the numerator without cancellation; vectorises, a few units in the last
+// place.
 FA_DEVICE float tanh_accurate(float x) {
   const float magnitude = x < 0 ? -x : x;
   const Exp2Parts parts((magnitude > 10.0f ? 10.0f : magnitude) * float(2 * kLog2E));  // tanh(10) rounds to 1
@@ -165,8 +167,8 @@ FA_DEVICE float uniform(float x) {
   return x;
 }
 
-// The same value, unknown to the compiler: what is computed from it stays inside the loop it stands in, where a register
-// held across the loop would cost more than the additions.
+// The same value, unknown to the compiler: what is computed from it stays inside the loop it stands in, where a
+// register held across the loop would cost more than the additions.
 FA_DEVICE int unhoisted(int x) {
 #if defined(__CUDA_ARCH__)
   asm volatile("" : "+r"(x));

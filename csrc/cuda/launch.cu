@@ -82,7 +82,7 @@ size_t element_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 // Throws where the kernels cannot reach from one row to the next.
 void check_rows(const char* name, const TensorRef& tensor, int64_t rows, DType dtype) {
-  const int64_t bytes = tensor.row_stride * (dtype == DType::kFloat32 ? 4 : 2);
+  const int64_t bytes = tensor.row_stride * int64_t(element_bytes(dtype));
   if (rows > 1 && bytes > kMaxRowBytes) {
     throw std::invalid_argument(std::string(name) + ": rows must lie at most " + std::to_string(kMaxRowBytes) +
                                 " bytes apart on this GPU, got " + std::to_string(bytes) + " (call .contiguous())");
@@ -95,7 +95,7 @@ void check_rows(const AttentionParams& p) {
   check_rows("v", p.v, p.total_k, p.dtype);
 }
 
-// ---- forward ---------------------------------------------------------------------------------------------------------
+// ---- forward -------------------------------------------------------------------------------------------------------
 
 int64_t partial_rows(const ForwardParams& p) {
   return int64_t(p.num_splits) * p.batch * p.heads_q * p.seqlen_q;
@@ -147,7 +147,8 @@ Workspace plan_forward(ForwardParams& p, const Queue& queue) {
     if (p.num_splits == 1) p.split_size = 0;
   }
   if (p.num_splits == 1) return {0};
-  return {align(size_t(partial_rows(p)) * p.head_dim * sizeof(float)) + 2 * align(size_t(partial_rows(p)) * sizeof(float))};
+  return {align(size_t(partial_rows(p)) * p.head_dim * sizeof(float)) +
+          2 * align(size_t(partial_rows(p)) * sizeof(float))};
 }
 
 void forward(ForwardParams p, void* workspace, const Queue& queue) {
@@ -168,7 +169,7 @@ void forward(ForwardParams p, void* workspace, const Queue& queue) {
   launch(kernel, p, queue, may_fold ? kernel.stash_bytes : 0);
 }
 
-// ---- backward --------------------------------------------------------------------------------------------------------
+// ---- backward ------------------------------------------------------------------------------------------------------
 
 size_t dq_accum_bytes(const BackwardParams& p, const KernelInfo& kernel) {
   return align(size_t(p.heads_q) * query_blocks(p, kernel.block_m) * kernel.block_m * kernel.key.head_dim *

@@ -97,7 +97,7 @@ def rows_ref(x: Tensor) -> RowsRef:
 
 @dataclass
 class Problem:
-    """One call: [batch, seq, heads, dim] tensors, or packed ones with cu_seqlens. Arguments as the reference has them."""
+    """One call: [batch, seq, heads, dim] tensors, or packed ones with cu_seqlens. Arguments are the reference's."""
 
     q: Tensor
     k: Tensor
@@ -195,8 +195,10 @@ class Emulator:
         self.statistics: dict[str, dict[str, Any]] = {}
 
     def find(self, family: str, dtype: torch.dtype, head_dim: int = 0, modified: bool = False) -> CompiledKernel:
-        """The instance of the smallest compiled head dimension that holds head_dim; skips the test where there is none."""
-        sizes = [size for name, kind, size, flag in self.kernels if (name, kind, flag) == (family, DTYPES[dtype], modified)]
+        """The instance of the smallest compiled head dimension that holds head_dim; without one, the test is skipped."""
+        sizes = [
+            size for name, kind, size, flag in self.kernels if (name, kind, flag) == (family, DTYPES[dtype], modified)
+        ]
         size = min((size for size in sizes if size >= head_dim), default=None)
         if size is None:
             pytest.skip(f"no {family} was compiled for {DTYPES[dtype]} and head_dim {head_dim}")

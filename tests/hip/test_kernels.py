@@ -1,4 +1,4 @@
-"""The gfx90a kernels, as compiled, against float64: the emulator checks bounds, LDS races and uninitialised values too."""
+"""The gfx90a kernels, as compiled, against float64. The emulator checks bounds, LDS races, uninitialised values too."""
 
 import pytest
 import torch

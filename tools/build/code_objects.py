@@ -19,7 +19,7 @@ NT_AMDGPU_METADATA = 32
 
 @dataclass(frozen=True)
 class KernelResources:
-    """What one kernel takes. Registers are per lane, bytes of scratch per lane, bytes of LDS those fixed at compile time."""
+    """What one kernel takes: registers and bytes of scratch per lane, bytes of LDS as fixed at compile time."""
 
     name: str  # mangled
     vgprs: int  # accumulation registers included

@@ -1,4 +1,4 @@
-"""`python -m tools.build.hip_kernels`: every AMD kernel, compiled and examined; needs hipcc, neither a GPU nor a ROCm torch.
+"""`python -m tools.build.hip_kernels`: every AMD kernel, compiled and examined. Needs hipcc, no GPU, no ROCm torch.
 
 Compiles the instances that FLASH_ATTENTION_INSTANCES asks for (all, by default) and the library of their table, prints
 what each takes of the machine, and fails where one spills registers, uses scratch or more LDS than a compute unit has.

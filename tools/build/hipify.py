@@ -1,10 +1,10 @@
-"""`python tools/build/hipify.py ROOT OUT HIPIFY`: csrc, translated for AMD, into OUT/csrc. The sources are never touched.
+"""`python tools/build/hipify.py ROOT OUT HIPIFY`: csrc for AMD, into OUT/csrc. Sources are never touched.
 
 csrc/cuda goes through hipify and becomes OUT/csrc/hip; NVIDIA's own arch folders stay behind. What is not CUDA (core,
-backend.h, the hand-written csrc/hip) is copied beside it. Files that come out as before keep their time stamps, so ninja
-rebuilds only what changed, and nothing at all is done when no source has changed.
+backend.h, the hand-written csrc/hip) is copied beside it. Files that come out as before keep their time stamps, so
+ninja rebuilds only what changed, and nothing at all is done when no source has changed.
 
-The engine keeps its results in module globals, so every run is a process of its own. HIPIFY is the folder of the engine:
+The engine keeps its results in module globals, so every run is a process of its own. HIPIFY is the engine's folder:
 torch/utils/hipify, or hipify_torch where that is installed; it is loaded without importing torch.
 """
 
@@ -133,7 +133,7 @@ def write_tree(tree: dict[Path, str], csrc: Path) -> None:
 
 
 def run(root: Path, out: Path, engine: Path) -> bool:
-    """Brings OUT up to date; returns whether there was anything to do. Raises RuntimeError where the result is wrong."""
+    """Brings OUT up to date; returns whether anything was to do. Raises RuntimeError where the result is wrong."""
     csrc = root / "csrc"
     files = source_files(csrc)
     stamp, now = out / "digest", digest(csrc, files, engine)

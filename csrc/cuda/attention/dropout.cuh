@@ -1,7 +1,8 @@
 // Dropout regenerated, not stored: a keep bit is a function of (seed, offset, batch, head, query, key) alone.
 //
 // Philox-4x32-10 (Salmon et al., SC 2011) gives 128 bits for a patch of eight elements, 16 bits each. The patch is
-// shaped after the matrix instructions' accumulators: rows {r, r + 8}, columns {c, c + 1, c + 8, c + 9} of a 16 x 16 square.
+// shaped after the matrix instructions' accumulators: rows {r, r + 8}, columns {c, c + 1, c + 8, c + 9} of a 16 x 16
+// square.
 #pragma once
 
 #include "../../core/params.h"

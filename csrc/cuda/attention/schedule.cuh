@@ -47,11 +47,11 @@ FA_DEVICE Scalar* head_rows(const RowsRef& t, int batch, int head, int64_t first
   return static_cast<Scalar*>(t.data) + batch * t.batch_stride + head * t.head_stride + first_row;
 }
 
-// Rows of a packed tensor behind the last sequence. They are no one's, and become zero: what a kernel leaves behind must
-// not depend on what the memory held. Each of a head's `items` blocks of the last sequence clears its share.
+// Rows of a packed tensor behind the last sequence. They are no one's, and become zero: what a kernel leaves behind
+// must not depend on what the memory held. Each of a head's `items` blocks of the last sequence clears its share.
 template <class A, class Clear>
-FA_DEVICE void clear_spare_rows(const AttentionParams& p, const int32_t* ends, int total, int batch, int item, int items,
-                                Clear&& clear) {
+FA_DEVICE void clear_spare_rows(const AttentionParams& p, const int32_t* ends, int total, int batch, int item,
+                                int items, Clear&& clear) {
   if (ends == nullptr || batch != p.batch - 1) return;
   const int first = max_int(0, min_int(ends[p.batch], total));
   for (int row = first + item; row < total; row += items) {
@@ -101,8 +101,8 @@ FA_DEVICE void for_each_hidden(const Mask& mask, int query, int key, F&& f) {
   });
 }
 
-// One block of a launch in which `items` blocks belong to each of heads * batch heads: which item of which head. Heads are
-// taken in groups; within a group, item 0 of every head comes first.
+// One block of a launch in which `items` blocks belong to each of heads * batch heads: which item of which head. Heads
+// are taken in groups; within a group, item 0 of every head comes first.
 struct HeadItem {
   int item, head, batch;
 

@@ -6,8 +6,9 @@
 
 namespace flash_attn {
 
-// Without softcap and ALiBi the softmax scales by softmax_scale * log2(e), in the exponent's fma; with them, scores leave
-// apply() scaled, softcapped, biased, in log2 units. A modified instance without either computes what the plain one does.
+// Without softcap and ALiBi the softmax scales by softmax_scale * log2(e), in the exponent's fma; with them, scores
+// leave apply() scaled, softcapped, biased, in log2 units. A modified instance without either computes what the plain
+// one does.
 template <class Scalar, bool MODIFIED>
 class ScoreModifier {
  public:

@@ -2,9 +2,9 @@
 //   dV += P^T dO,  dP = dO V^T,  dS = P * (dP - delta),  dK += dS^T Q,  dQ += dS K.
 // A block owns block_n keys of one KV head and walks the queries of its group's heads that see them. dQ is added up in
 // device memory: in any order, or, under determinism, in descending order of the keys, each block waiting for its turn.
-// Blocks of a head are then numbered from the last keys down, so that a block waits only for blocks with smaller numbers,
-// which were launched before it; under a causal mask, blocks that start together and walk up from the diagonal never wait
-// at all. Without determinism they are numbered upward, which under a causal mask is the longest first.
+// Blocks of a head are then numbered from the last keys down, so that a block waits only for blocks with smaller
+// numbers, which were launched before it; under a causal mask, blocks that start together and walk up from the diagonal
+// never wait at all. Without determinism they are numbered upward, which under a causal mask is the longest first.
 #pragma once
 
 #include "../attention/dropout.cuh"
@@ -111,8 +111,8 @@ struct Backward {
     return max_int(0, ceil_div(mask.queries_end(key_end) - begin, kM));
   }
 
-  // The position in the walk: heads of the group in turn, each from its first visible query block. Addresses are carried
-  // along, since working them out takes twelve 64-bit products.
+  // The position in the walk: heads of the group in turn, each from its first visible query block. Addresses are
+  // carried along, since working them out takes twelve 64-bit products.
   struct Step {
     int head, query, stage;
     const T *q, *dout;
@@ -263,7 +263,8 @@ struct Backward {
     }
     const Scalar scale_log2 = modifier.scale_log2();
     Scores::for_each([&](int slot, int, int, int reg) { gradient[reg] -= delta[slot]; });
-    modifier.apply(scores, step.query, work.key_begin, [&](int reg, Scalar derivative) { gradient[reg] *= derivative; });
+    modifier.apply(scores, step.query, work.key_begin,
+                   [&](int reg, Scalar derivative) { gradient[reg] *= derivative; });
     Scores::for_each([&](int slot, int, int, int reg) {
       const Scalar probability = exp2_fast(fma_rn(scores[reg], scale_log2, negated_lse[slot]));
       scores[reg] = probability;

@@ -36,14 +36,15 @@ struct Combine {
     for (int split = 0; split < p.num_splits; ++split) {
       const int64_t at = ((int64_t(split) * p.batch + batch) * p.heads_q + head) * p.seqlen_q + row;
       Scalar keep, add;
-      fold_weights(max, sum, static_cast<const Scalar*>(p.partial_max)[at], static_cast<const Scalar*>(p.partial_sum)[at],
-                   keep, add);
+      fold_weights(max, sum, static_cast<const Scalar*>(p.partial_max)[at],
+                   static_cast<const Scalar*>(p.partial_sum)[at], keep, add);
       out = fma_rn(static_cast<const Scalar*>(p.partial_out)[at * p.head_dim + col], add, out * keep);
     }
     const Scalar* sink = p.sink == nullptr ? nullptr : static_cast<const Scalar*>(p.sink) + head;
     const RowResult<Scalar> result(max, sum, sink);
     const Scalar kept = p.dropout_p > 0 ? Scalar(1) / (Scalar(1) - Scalar(p.dropout_p)) : Scalar(1);
-    head_rows<T>(p.out, batch, head, seq.first_q)[row * p.out.row_stride + col] = narrow<T>(out * (result.scale * kept));
+    head_rows<T>(p.out, batch, head, seq.first_q)[row * p.out.row_stride + col] =
+        narrow<T>(out * (result.scale * kept));
     if (col == 0) head_rows<Scalar>(p.lse, batch, head, seq.first_q)[row] = result.lse;
   }
 };

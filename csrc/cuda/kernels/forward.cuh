@@ -2,8 +2,8 @@
 // Algorithm 1). A block owns block_m query rows of one head and walks the visible keys upward.
 //
 // With split_size > 0 keys are folded in chunks with boundaries at absolute multiples of split_size. One block may walk
-// all chunks of its rows and fold as it goes, or num_splits blocks may do one each and Combine folds: the same arithmetic in
-// the same order, so the same bits.
+// all chunks of its rows and fold as it goes, or num_splits blocks may do one each and Combine folds: the same
+// arithmetic in the same order, so the same bits.
 #pragma once
 
 #include "../attention/dropout.cuh"
@@ -303,7 +303,8 @@ struct Forward {
         });
       }
       Scores::for_each([&](int, int row, int col, int reg) {
-        if (row < rows() && key + col < seq.len_k) dmask[int64_t(row) * p.seqlen_k + key + col] = narrow<T>(scores[reg]);
+        if (row < rows() && key + col < seq.len_k)
+          dmask[int64_t(row) * p.seqlen_k + key + col] = narrow<T>(scores[reg]);
       });
     }
   }

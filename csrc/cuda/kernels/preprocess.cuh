@@ -1,5 +1,5 @@
-// Preprocess: delta = rowsum(dO * out) - dLSE, what dS subtracts from dP. The second term is the gradient of a loss that
-// uses the log-sum-exp: d lse / d score = P.
+// Preprocess: delta = rowsum(dO * out) - dLSE, what dS subtracts from dP. The second term is the gradient of a loss
+// that uses the log-sum-exp: d lse / d score = P.
 #pragma once
 
 #include "../attention/schedule.cuh"

@@ -56,7 +56,9 @@ struct Accumulator {
 
   Scalar value[kRegs];
 
-  static FA_DEVICE int warp_row() { return int((kWarpsN == 1 ? warp_of_block() : warp_of_block() % kWarpsM) * kWarpRows); }
+  static FA_DEVICE int warp_row() {
+    return int((kWarpsN == 1 ? warp_of_block() : warp_of_block() % kWarpsM) * kWarpRows);
+  }
   static FA_DEVICE int warp_col() { return kWarpsN == 1 ? 0 : int(warp_of_block() / kWarpsM * kWarpCols); }
 
   FA_DEVICE Scalar& operator[](int reg) { return value[reg]; }

@@ -74,7 +74,8 @@ class Tile {
 
   // ---- operands: one 16 x (16 or 8) left fragment, or two neighbouring n8 right fragments {b0, b1} {b2, b3}. Rows and
   // columns are the warp's first plus a constant below SPAN, the warp's extent, so that an address is one XOR with a
-  // constant away from one that does not change in the loop. -------------------------------------------------------------
+  // constant away from one that does not change in the loop.
+  // -------------------------------------------------------------
 
   FA_DEVICE void load_mk(uint32_t (&a)[4], int warp_row, int row, int step) const {
     const uint32_t lane = lane_of_warp();
@@ -146,8 +147,9 @@ class Tile {
     }
   }
 
-  // The row and the lower bit of the chunk that a lane gives to ldmatrix: the same for every operand, so that tiles share
-  // address registers. Matrices come as (rows 0-7, left), (rows 0-7, right), (rows 8-15, left), (rows 8-15, right).
+  // The row and the lower bit of the chunk that a lane gives to ldmatrix: the same for every operand, so that tiles
+  // share address registers. Matrices come as (rows 0-7, left), (rows 0-7, right), (rows 8-15, left), (rows 8-15,
+  // right).
   static FA_DEVICE uint32_t lane_row() { return lane_of_warp() % 8 + lane_of_warp() / 16 * 8; }
   static FA_DEVICE uint32_t lane_low() { return lane_of_warp() / 8 % 2; }
 

@@ -1,5 +1,5 @@
-// Block sizes for sm80, one row a kernel, element size and head dimension. kBlockN of the forward is part of the numerics
-// contract (it fixes the order of the online softmax): changing it changes bits.
+// Block sizes for sm80, one row a kernel, element size and head dimension. kBlockN of the forward is part of the
+// numerics contract (it fixes the order of the online softmax): changing it changes bits.
 #pragma once
 
 #include "../tile/tile.cuh"
@@ -26,8 +26,8 @@ struct BackwardTuning {
 template <Kernel KERNEL, int ELEMENT_BYTES, int D>
 struct TuningRow;
 
-// 16-bit. Four warps of 32 rows, two blocks a multiprocessor: 255 registers each, and one block's softmax runs under the
-// other's multiplies. From 192 on, 16 rows a warp: the output alone takes 96 and 128 registers.
+// 16-bit. Four warps of 32 rows, two blocks a multiprocessor: 255 registers each, and one block's softmax runs under
+// the other's multiplies. From 192 on, 16 rows a warp: the output alone takes 96 and 128 registers.
 template <> struct TuningRow<Kernel::kForward, 2, 32> : ForwardTuning<128, 128, 4, 2> {};
 template <> struct TuningRow<Kernel::kForward, 2, 64> : ForwardTuning<128, 128, 4, 2> {};
 template <> struct TuningRow<Kernel::kForward, 2, 96> : ForwardTuning<128, 64, 4, 2> {};

@@ -1,7 +1,8 @@
 // The vocabulary the kernels are written in. A kernel sees one *block* of cooperating lanes (a GPU thread block, or
 // one host thread) and says what happens to whole tiles; an Arch supplies these types and functions.
 //
-//   Arch::Tuning<Kernel, T, D, MODIFIED>   kBlockM, kBlockN, kWarps ... of a kernel family (data, in the arch's tuning.cuh;
+//   Arch::Tuning<Kernel, T, D, MODIFIED>   kBlockM, kBlockN, kWarps ... of a kernel family (data, in the arch's
+//   tuning.cuh;
 //                                     kBlockM and the fragments of the backward must not depend on MODIFIED)
 //   using A = Arch::Block<WARPS>      everything below; kThreads lanes cooperate, all calls are made by all lanes
 //
@@ -9,7 +10,8 @@
 //       kBytes, Tile(char* shared)
 //       load(const T* src, int64_t row_stride, int rows, int cols, bool aligned)
 //                                     starts filling from device memory; rows beyond `rows` and columns beyond `cols`
-//                                     become zero and are never read. Complete after commit(), wait<N>(), land(), sync().
+//                                     become zero and are never read. Complete after commit(), wait<N>(), land(),
+//                                     sync().
 //       land()                        second half of a load, for machines that load through registers: there
 //                                     (A::kLoadsThroughRegisters) the tile may be read until then, and the object
 //                                     carries the load
@@ -26,8 +28,8 @@
 //       static for_each_patch(f(row, col, const int (&reg)[8]))
 //                                     the same in groups that share one random number (attention/dropout.cuh): element
 //                                     e of the patch seen from (row, col) is (row ^ 8 * (e / 4),
-//                                     col ^ (8 * (e / 2 % 2) + e % 2)), whichever of its eight (row, col) is; a reg of -1 is
-//                                     an element that this lane does not own
+//                                     col ^ (8 * (e / 2 % 2) + e % 2)), whichever of its eight (row, col) is; a reg of
+//                                     -1 is an element that this lane does not own
 //       max_rows(Rows&)               rows[slot] = max(rows[slot], row), complete in every lane; NaN is passed over
 //       sum_rows(Rows&)               rows[slot] += the lane's part of the row's sum
 //   A::Rows<Scalar, M, WARPS_M>       one value per row, replicated over the lanes that share it; Scalar may be int
@@ -50,8 +52,8 @@
 //   A::dot_rows<T, ROWS, D>(a, a_stride, b, b_stride, rows, cols, aligned, f(row, Scalar sum))   f: one lane per row
 //   A::peek_turn(const int32_t* turn), A::wait_turn(int32_t* turn, int value, int peeked), A::pass_turn(int32_t* turn)
 //                                     blocks take turns: wait until *turn == value, unless it was so when
-//                                     peek_turn read it a while ago, off the critical path; make the block's device-memory
-//                                     writes visible, then ++*turn. Both include the barriers they need.
+//                                     peek_turn read it a while ago, off the critical path; make the block's
+//                                     device-memory writes visible, then ++*turn. Both include the barriers they need.
 #pragma once
 
 namespace flash_attn {

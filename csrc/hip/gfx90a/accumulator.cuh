@@ -47,7 +47,8 @@ class Rows {
         if constexpr (Layout::kLaneOwnsRow) {
           f(tile, first + across, S::group() == 0 && Layout::wave_n() == 0);
         } else {
-          f(tile * S::kRegs + i, first + S::kStep * (i / 4) + i % 4 + across, S::lane_row() == 0 && Layout::wave_n() == 0);
+          f(tile * S::kRegs + i, first + S::kStep * (i / 4) + i % 4 + across,
+            S::lane_row() == 0 && Layout::wave_n() == 0);
         }
       }
     }
@@ -91,7 +92,8 @@ class Rows {
     FA_UNROLL
     for (int slot = 0; slot < kSlots; ++slot) {
       FA_UNROLL
-      for (int mask = Layout::kTile; mask < kLanes; mask *= 2) values_[slot] = f(values_[slot], exchange(values_[slot], mask));
+      for (int mask = Layout::kTile; mask < kLanes; mask *= 2)
+        values_[slot] = f(values_[slot], exchange(values_[slot], mask));
     }
   }
 
@@ -269,7 +271,8 @@ class Stash {
   FA_DEVICE void clear() { sum_.fill(0.0f); }
 
   FA_DEVICE void fold(const Source& x, typename Source::RowsOf& keep, typename Source::RowsOf& add) {
-    Source::for_each([&](int slot, int, int, int reg) { sum_[reg] = fma_rn(x[reg], add[slot], sum_[reg] * keep[slot]); });
+    Source::for_each(
+        [&](int slot, int, int, int reg) { sum_[reg] = fma_rn(x[reg], add[slot], sum_[reg] * keep[slot]); });
   }
   FA_DEVICE void take(Source& x) const { x = sum_; }
 

@@ -1,7 +1,7 @@
 // The gfx90a (MI200) Arch: what csrc/cuda/tile/tile.cuh asks for.
 //
-// Products are computed with their factors swapped where that makes a lane own a row (accumulator.cuh). Of the two factors of
-// every product one lies in registers for the whole kernel or comes straight from an accumulator, and one is
+// Products are computed with their factors swapped where that makes a lane own a row (accumulator.cuh). Of the two
+// factors of every product one lies in registers for the whole kernel or comes straight from an accumulator, and one is
 // read from LDS, 16 bytes a lane.
 #pragma once
 
@@ -157,7 +157,8 @@ struct Gfx90a::Block {
     const auto& shared = a.shared();
     const int lane_part = unhoisted(shared.template row_lane_part<C::kTile>());
     gfx90a::multiply_chunks<T, K>(
-        c, [&](int m, int g) { return shared.template row_chunk<C::kTile>(lane_part, C::first_row() + m * C::kTile, g); },
+        c,
+        [&](int m, int g) { return shared.template row_chunk<C::kTile>(lane_part, C::first_row() + m * C::kTile, g); },
         [&](int n, int g) { return b.template column_chunk<C::kTile>(n, g); });
   }
 
@@ -182,8 +183,8 @@ struct Gfx90a::Block {
 
   // Eight lanes share a row, each its chunks in ascending order.
   template <class T, int ROWS, int D, class F>
-  static FA_DEVICE void dot_rows(const T* a, int64_t a_stride, const T* b, int64_t b_stride, int rows, int cols, bool aligned,
-                                 F&& f) {
+  static FA_DEVICE void dot_rows(const T* a, int64_t a_stride, const T* b, int64_t b_stride, int rows, int cols,
+                                 bool aligned, F&& f) {
     constexpr int kLanesOfRow = 8, kElements = gfx90a::kChunkElements<T>, kRowsAtOnce = kThreads / kLanesOfRow;
     static_assert(ROWS % kRowsAtOnce == 0);
     const gfx90a::MemoryRows<T> a_rows(a, a_stride, rows, cols, aligned), b_rows(b, b_stride, rows, cols, aligned);

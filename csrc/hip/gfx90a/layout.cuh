@@ -1,7 +1,8 @@
-// Where elements lie in LDS, and which thread moves which: plain index arithmetic, checked for bank conflicts by a test.
+// Where elements lie in LDS, and which thread moves which: plain index arithmetic, checked for bank conflicts by a
+// test.
 //
-// LDS has 32 banks of 4 bytes. A 16-byte read is served eight lanes at a time, lanes {4i..4i+3} together with another four
-// (gfx90a: 0-3 with 20-23, 4-7 with 16-19, ...); a chunk of a row or column is therefore moved to another 16-byte
+// LDS has 32 banks of 4 bytes. A 16-byte read is served eight lanes at a time, lanes {4i..4i+3} together with another
+// four (gfx90a: 0-3 with 20-23, 4-7 with 16-19, ...); a chunk of a row or column is therefore moved to another 16-byte
 // slot of its 128-byte line, by the exclusive or with a few bits of the row's or column's index.
 #pragma once
 
@@ -31,8 +32,8 @@ struct StraightLayout {
     return row * (kChunks * 16) + (chunk ^ Swizzle<kChunks>::key(row)) * 16;
   }
 
-  // The chunk that this lane needs of rows row0..row0 + TILE - 1 (row0 a multiple of 16) for step group g, in two parts: what
-  // depends on the lane alone, and what is the same in all. A loop then needs few addresses.
+  // The chunk that this lane needs of rows row0..row0 + TILE - 1 (row0 a multiple of 16) for step group g, in two
+  // parts: what depends on the lane alone, and what is the same in all. A loop then needs few addresses.
   template <int TILE>
   static FA_DEVICE int lane_part() {
     const int row = Shape<TILE>::lane_row();
@@ -50,7 +51,8 @@ struct StraightLayout {
     static_assert(kPeriod == 8);
     constexpr int kElements = kChunkElements<T>;
     const int row = 4 * Shape<TILE>::group();
-    return row * (kChunks * 16) + (col / kElements ^ Swizzle<kChunks>::key(row)) * 16 + col % kElements * int(sizeof(T));
+    return row * (kChunks * 16) + (col / kElements ^ Swizzle<kChunks>::key(row)) * 16 +
+           col % kElements * int(sizeof(T));
   }
   // col0: columns to the right of those, a multiple of 16.
   template <int TILE>
@@ -60,8 +62,8 @@ struct StraightLayout {
   }
 };
 
-// Columns of ROWS 16-bit elements. Of every 32 rows, those that are 16 apart lie side by side in fours, so that a lane finds
-// two of its quads in one chunk, whichever the shape of the matrix instruction: see step_of().
+// Columns of ROWS 16-bit elements. Of every 32 rows, those that are 16 apart lie side by side in fours, so that a lane
+// finds two of its quads in one chunk, whichever the shape of the matrix instruction: see step_of().
 template <int ROWS>
 struct TransposedLayout {
   static constexpr int kChunks = ROWS * 2 / 16;

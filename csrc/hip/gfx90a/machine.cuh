@@ -140,8 +140,8 @@ FA_DEVICE float exchange(float x, int mask) {
 FA_DEVICE float max_number(float x, float y) { return __builtin_amdgcn_fmed3f(x, y, infinity<float>()); }
 
 
-// Device memory from `base` (the same in every lane), read through a descriptor: what lies at `bytes` and beyond reads as
-// zero, and no branch is needed for it. Offsets are in bytes.
+// Device memory from `base` (the same in every lane), read through a descriptor: what lies at `bytes` and beyond reads
+// as zero, and no branch is needed for it. Offsets are in bytes.
 class Buffer {
  public:
   FA_DEVICE Buffer(const void* base, uint32_t bytes) {
@@ -168,8 +168,8 @@ class Buffer {
   Vector<int, 4> descriptor_;
 };
 
-// Rows of a matrix in device memory, at most kMaxRowBytes apart, read in 16-byte chunks. Rows and columns that do not exist
-// read as zero.
+// Rows of a matrix in device memory, at most kMaxRowBytes apart, read in 16-byte chunks. Rows and columns that do not
+// exist read as zero.
 template <class T>
 class MemoryRows {
  public:

@@ -1,9 +1,10 @@
-// A tile in LDS, filled from device memory through registers: load() starts the reads, land() writes them to LDS, so that
-// the next tile can be on its way while this one is multiplied.
+// A tile in LDS, filled from device memory through registers: load() starts the reads, land() writes them to LDS, so
+// that the next tile can be on its way while this one is multiplied.
 //
 // It is kept row by row for uses with k along the columns, and, where 16-bit elements are wanted with k along the rows,
-// transposed as well: the transposition is done once, in registers, between the read and the write. fp32 needs no second
-// copy, since one element is one bank. 16-byte chunks are swizzled so that no access has bank conflicts (see layout.cuh).
+// transposed as well: the transposition is done once, in registers, between the read and the write. fp32 needs no
+// second copy, since one element is one bank. 16-byte chunks are swizzled so that no access has bank conflicts (see
+// layout.cuh).
 #pragma once
 
 #include "../../cuda/tile/tile.cuh"
@@ -21,7 +22,8 @@ class SharedTile {
   static constexpr int kCopyBytes = ROWS * COLS * int(sizeof(T));
   static constexpr int kBytes = kCopyBytes * (int(kStraight) + int(kTransposed));
 
-  FA_DEVICE explicit SharedTile(char* shared) : straight_((SharedPointer)shared), transposed_(straight_ + (kStraight ? kCopyBytes : 0)) {}
+  FA_DEVICE explicit SharedTile(char* shared)
+      : straight_((SharedPointer)shared), transposed_(straight_ + (kStraight ? kCopyBytes : 0)) {}
 
   FA_DEVICE void load(const T* src, int64_t row_stride, int rows, int cols, bool aligned) {
     const MemoryRows<T> from(src, row_stride, rows < ROWS ? rows : ROWS, cols, aligned);
@@ -44,7 +46,8 @@ class SharedTile {
         // A loop would keep a register for each of the eight columns' addresses.
         const int offset = unhoisted(Transposed::quad_offset(where.col, where.uniform_row + where.row));
         FA_UNROLL
-        for (int c = 0; c < 8; ++c) write_column(transposed_ + Transposed::next_column(offset, c), staged_ + i * kUnitRows, c);
+        for (int c = 0; c < 8; ++c)
+          write_column(transposed_ + Transposed::next_column(offset, c), staged_ + i * kUnitRows, c);
       }
     }
   }
@@ -61,7 +64,8 @@ class SharedTile {
     return at<Chunk<T>>(straight_ + Straight::template chunk_offset<TILE>(lane_part, row0, g));
   }
 
-  // Quads of the lane's column of those from col0, k along the rows: column_step<TILE>(access, q) is the step of k of quad q.
+  // Quads of the lane's column of those from col0, k along the rows: column_step<TILE>(access, q) is the step of k of
+  // quad q.
   static constexpr int kColumnQuads = sizeof(T) == 2 && ROWS % 32 == 0 ? 2 : 1;
   template <int TILE>
   static constexpr int column_step(int access, int q) {
@@ -98,7 +102,8 @@ class SharedTile {
   template <class Source>
   FA_DEVICE void put(const Source& x) {
     static_assert(kStraight && Source::kM == ROWS && Source::kN == COLS);
-    Source::for_each([&](int, int row, int col, int reg) { set(row, col, __builtin_bit_cast(Bits<T>, narrow<T>(x[reg]))); });
+    Source::for_each(
+        [&](int, int row, int col, int reg) { set(row, col, __builtin_bit_cast(Bits<T>, narrow<T>(x[reg]))); });
   }
 
   FA_DEVICE void set(int row, int col, Bits<T> x) {
@@ -140,8 +145,8 @@ class SharedTile {
   using Unit = LoadUnit<ROWS, COLS, kElements, kThreads, kTransposed>;
   static constexpr int kUnitRows = Unit::kRows, kIterations = Unit::kIterations;
 
-  // f(unit, uniform_row, row, v) for the chunks this thread moves: the row's number is in two parts, of which the first is the
-  // same in every lane.
+  // f(unit, uniform_row, row, v) for the chunks this thread moves: the row's number is in two parts, of which the first
+  // is the same in every lane.
   template <class F>
   static FA_DEVICE void for_each_vector(F&& f) {
     FA_UNROLL

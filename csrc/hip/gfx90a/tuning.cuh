@@ -1,9 +1,9 @@
-// Tile sizes for gfx90a, one row a kernel, element size and head dimension. A compute unit has 64 KiB of LDS, and each of its
-// four SIMDs 512 registers a lane, shared by the waves on it.
+// Tile sizes for gfx90a, one row a kernel, element size and head dimension. A compute unit has 64 KiB of LDS, and each
+// of its four SIMDs 512 registers a lane, shared by the waves on it.
 //
-// WAVES is what the second argument of __launch_bounds__ means on AMD: waves a SIMD. With two or more the compiler keeps
-// everything in 256 registers, where any instruction can read a product; with one, products lie in the other half of the
-// register file and are copied before they are used.
+// WAVES is what the second argument of __launch_bounds__ means on AMD: waves a SIMD. With two or more the compiler
+// keeps everything in 256 registers, where any instruction can read a product; with one, products lie in the other half
+// of the register file and are copied before they are used.
 #pragma once
 
 #include "../../cuda/compat.cuh"
@@ -19,8 +19,9 @@ struct ForwardTuning {
   static constexpr int kWaves = WAVES, kWavesModified = WAVES_MODIFIED;
 };
 
-// Four waves, each with KEYS keys, whose K and V it holds as operands: so KEYS is 16 where 32 would not leave registers.
-// Queries come in blocks of as many rows. kWarpsQ: waves along the queries of dQ, the others sharing the head dimension.
+// Four waves, each with KEYS keys, whose K and V it holds as operands: so KEYS is 16 where 32 would not leave
+// registers. Queries come in blocks of as many rows. kWarpsQ: waves along the queries of dQ, the others sharing the
+// head dimension.
 template <int KEYS, int WAVES, int WAVES_MODIFIED>
 struct BackwardTuning {
   static constexpr int kWarps = 4, kBlockM = KEYS, kBlockN = kWarps * KEYS;
@@ -32,8 +33,8 @@ struct BackwardTuning {
 template <Kernel KERNEL, int ELEMENT_BYTES, int D>
 struct TuningRow;
 
-// 16-bit. 32 rows a wave take 2.5 D registers (output, its stash, Q); K and V of a block take 32 KiB at most, so that two blocks fit
-// on a compute unit.
+// 16-bit. 32 rows a wave take 2.5 D registers (output, its stash, Q); K and V of a block take 32 KiB at most, so that
+// two blocks fit on a compute unit.
 template <> struct TuningRow<Kernel::kForward, 2, 32> : ForwardTuning<32, 64, 2, 2> {};
 template <> struct TuningRow<Kernel::kForward, 2, 64> : ForwardTuning<32, 64, 2, 2> {};
 template <> struct TuningRow<Kernel::kForward, 2, 96> : ForwardTuning<32, 64, 2, 1> {};
