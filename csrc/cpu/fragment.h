@@ -72,11 +72,15 @@ class Accumulator {
   static FA_INLINE void for_each_patch(F&& f) {
     static_assert(ROWS % 16 == 0 && COLS % 16 == 0, "patches are cut from 16 x 16 squares");
     for (int square = 0; square < kCount / 256; ++square) {
-      for (int patch = 0; patch < 32; ++patch) {
-        const int row = square / (COLS / 16) * 16 + patch / 4, col = square % (COLS / 16) * 16 + patch % 4 * 2;
-        int regs[8];
-        for (int e = 0; e < 8; ++e) regs[e] = reg(row + 8 * (e / 4), col + 8 * (e / 2 % 2) + e % 2);
-        f(row, col, regs);
+      const int row0 = square / (COLS / 16) * 16, col0 = square % (COLS / 16) * 16;
+      for (int col = col0; col < col0 + 8; col += 2) {
+        FA_VECTORISE
+        for (int row = row0; row < row0 + 8; ++row) {
+          int regs[8];
+          FA_UNROLL_FULLY
+          for (int e = 0; e < 8; ++e) regs[e] = reg(row + 8 * (e / 4), col + 8 * (e / 2 % 2) + e % 2);
+          f(row, col, regs);
+        }
       }
     }
   }

@@ -195,7 +195,7 @@ class Emulator:
         self.statistics: dict[str, dict[str, Any]] = {}
 
     def find(self, family: str, dtype: torch.dtype, head_dim: int = 0, modified: bool = False) -> CompiledKernel:
-        """The instance of the smallest compiled head dimension that holds head_dim; without one, the test is skipped."""
+        """The instance of the smallest compiled head dimension that holds head_dim; skips the test without one."""
         sizes = [
             size for name, kind, size, flag in self.kernels if (name, kind, flag) == (family, DTYPES[dtype], modified)
         ]
