@@ -74,7 +74,7 @@ class CompiledKernel:
 
     @property
     def problems(self) -> list[str]:
-        found = [] if self.resources.is_lean else ["spills or scratch"]
+        found = [] if self.resources.is_lean else ["vector registers spilled, or scratch"]
         found += [f"{self.lds_bytes} bytes of LDS"] if self.lds_bytes > LDS_BYTES else []
         return found
 

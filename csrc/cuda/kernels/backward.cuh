@@ -111,47 +111,13 @@ struct Backward {
     return max_int(0, ceil_div(mask.queries_end(key_end) - begin, kM));
   }
 
-  // The position in the walk: heads of the group in turn, each from its first visible query block. Addresses are
-  // carried along, since working them out takes twelve 64-bit products.
+  // The position in the walk: heads of the group in turn, each from its first visible query block.
   struct Step {
     int head, query, stage;
-    const T *q, *dout;
-    const Scalar *lse, *delta;
-    int dq_block;  // of the workspace
   };
-  FA_DEVICE Step first(int head, int stage) const {
-    const int64_t row = seq.first_q + query_begin;
-    return {head,
-            query_begin,
-            stage,
-            head_rows<const T>(p.q, work.batch, head, row),
-            head_rows<const T>(p.dout, work.batch, head, row),
-            head_rows<const Scalar>(p.lse, work.batch, head, row),
-            head_rows<const Scalar>(p.delta, work.batch, head, row),
-            int(head * query_blocks(p, kM) + first_query_block(p, work.batch, seq.first_q, kM)) + query_begin / kM};
-  }
   FA_DEVICE Step next(const Step& step) const {
-    const int stage = (step.stage + 1) % kStages, query = step.query + kM;
-    if (query < query_begin + query_steps * kM) {
-      return {step.head,
-              query,
-              stage,
-              step.q + kM * p.q.row_stride,
-              step.dout + kM * p.dout.row_stride,
-              step.lse + kM,
-              step.delta + kM,
-              step.dq_block + 1};
-    }
-    const Params& p = reread(this->p);
-    const int back = step.query - query_begin;  // rows
-    return {step.head + 1,
-            query_begin,
-            stage,
-            step.q + (p.q.head_stride - back * p.q.row_stride),
-            step.dout + (p.dout.head_stride - back * p.dout.row_stride),
-            step.lse + (p.lse.head_stride - back),
-            step.delta + (p.delta.head_stride - back),
-            step.dq_block + (int(query_blocks(p, kM)) - back / kM)};
+    const bool more = step.query + kM < query_begin + query_steps * kM;
+    return {more ? step.head : step.head + 1, more ? step.query + kM : query_begin, (step.stage + 1) % kStages};
   }
 
   FA_DEVICE QTile q_tile(int stage) const {
@@ -163,8 +129,10 @@ struct Backward {
 
   FA_DEVICE void load_queries(QTile& q, QTile& dout, const Step& step) {
     const int rows = seq.len_q - step.query;
-    q.load(step.q, p.q.row_stride, rows, p.head_dim, aligned());
-    dout.load(step.dout, p.dout.row_stride, rows, p.head_dim, aligned());
+    q.load(head_rows<const T>(p.q, work.batch, step.head, seq.first_q + step.query), p.q.row_stride, rows, p.head_dim,
+           aligned());
+    dout.load(head_rows<const T>(p.dout, work.batch, step.head, seq.first_q + step.query), p.dout.row_stride, rows,
+              p.head_dim, aligned());
   }
 
   FA_DEVICE void differentiate(KeyGradient& dk, KeyGradient& dv) {
@@ -177,7 +145,7 @@ struct Backward {
                   p.head_dim, aligned());
       v_tile.load(head_rows<const T>(p.v, work.batch, work.kv_head, seq.first_k + work.key_begin), p.v.row_stride, keys,
                   p.head_dim, aligned());
-      Step step = first(work.kv_head * group, 0);
+      Step step{work.kv_head * group, query_begin, 0};
       QTile q = q_tile(0), dout = do_tile(0);
       load_queries(q, dout, step);
       A::commit();
@@ -223,7 +191,8 @@ struct Backward {
     ds_tile.put(gradient);
     A::sync();
     const Params& p = reread(this->p);
-    const int block = step.dq_block;
+    const int64_t block = step.head * query_blocks(p, kM) + first_query_block(p, work.batch, seq.first_q, kM) +
+                          step.query / kM;
     const int turn = p.deterministic ? A::peek_turn(p.dq_turn + block) : 0;
     A::multiply_tn(dv, p_tile, dout);
     QueryGradient dq;
@@ -243,8 +212,9 @@ struct Backward {
 
   FA_DEVICE void load_rows(const Step& step, Rows& negated_lse, Rows& delta) {
     const int rows = seq.len_q - step.query;
-    negated_lse.read(step.lse, rows, infinity<Scalar>());
-    delta.read(step.delta, rows, Scalar(0));
+    negated_lse.read(head_rows<const Scalar>(p.lse, work.batch, step.head, seq.first_q + step.query), rows,
+                     infinity<Scalar>());
+    delta.read(head_rows<const Scalar>(p.delta, work.batch, step.head, seq.first_q + step.query), rows, Scalar(0));
     Rows::for_each([&](int slot, int, bool) { negated_lse[slot] *= Scalar(-kLog2E); });
   }
 
