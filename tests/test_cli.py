@@ -188,6 +188,18 @@ def test_bench_writes_json(tmp_path, capsys, device):
     assert "Peak memory" in capsys.readouterr().out
 
 
+def test_bench_counts_cpu_time_of_one_thread(tmp_path, capsys):
+    file, threads = tmp_path / "bench.json", torch.get_num_threads()
+    command = ["bench", "--device", "cpu", "--passes", "forward", "--dtype", "fp32", "--peers", "math", "--cpu-time"]
+    try:
+        assert main([*command, *TINY, "--json", str(file)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    results = json.loads(file.read_text())
+    assert results["clock"] == "CPU time of one thread" and "1 threads" in results["device"]
+    assert results["machine"]["torch_threads"] == 1
+
+
 def test_bench_loads_and_draws(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     file, picture = tmp_path / "bench.json", tmp_path / "bench.png"

@@ -11,7 +11,7 @@
 namespace flash_attn {
 namespace FA_ISA {
 
-// WARPS, on machines that have them; here the layout of the accumulators.
+// What is WARPS on machines that have them is here the layout of the accumulators; kernels without any pass any number.
 template <int LAYOUT, Rounding R>
 struct Block {
   static constexpr int kThreads = 1;

@@ -17,9 +17,9 @@ class Tile {
 
   // The side that lies in vectors wants its k from line to line, the other reads k (or its rows) unit by unit.
   static constexpr unsigned kInVectors = LAYOUT == kRowsInVectors ? kMK : kNK;
-  static constexpr bool kHasColumns = USES & kInVectors;            // [COLS / kPer][ROWS], k = the columns
+  static constexpr bool kHasColumns = USES & kInVectors;               // [COLS / kPer][ROWS], k = the columns
   static constexpr bool kHasPlain = USES & (kMK | kNK) & ~kInVectors;  // [ROWS][COLS / kPer], k = the columns
-  static constexpr bool kHasPaired = USES & (kKM | kKN);            // [ROWS / kPer][COLS], k = the rows
+  static constexpr bool kHasPaired = USES & (kKM | kKN);               // [ROWS / kPer][COLS], k = the rows
   static constexpr bool kOneForm = kPer == 1 && kHasPlain && kHasPaired;  // those two are the same then
 
   static constexpr int kFormBytes = ROWS * COLS / kPer * int(sizeof(Unit));

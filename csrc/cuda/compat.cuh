@@ -251,8 +251,11 @@ FA_HOST_DEVICE float narrow<float, Rounding::kTowardZero>(float x) { return x; }
 template <>
 FA_HOST_DEVICE double narrow<double, Rounding::kTowardZero>(double x) { return x; }
 
-#if defined(__HIPCC__) || (!FA_GPU && (defined(__FLT16_MAX__) || defined(__clang__)))
+#if defined(__HIPCC__) || (!FA_GPU && defined(__F16C__) && (defined(__FLT16_MAX__) || defined(__clang__)))
 using NativeHalf = _Float16;
+#define FA_NATIVE_HALF 1
+#elif !FA_GPU && defined(__aarch64__)
+using NativeHalf = __fp16;
 #define FA_NATIVE_HALF 1
 #else
 #define FA_NATIVE_HALF 0

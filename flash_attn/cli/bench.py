@@ -13,6 +13,7 @@ import datetime
 import itertools
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -89,6 +90,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hidden", type=int, help="heads * head_dim; default 2048, on a CPU 256")
     parser.add_argument("--peers", nargs="*", help="default: all that run here")
     parser.add_argument("--rounds", type=int, help=f"medians are over these; default {ROUNDS['cuda']}, on a CPU 5")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="on a busy machine: one thread of the CPU, its own time"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write results, machine and versions")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the results (needs matplotlib)")
     parser.add_argument("--load", type=Path, metavar="FILE", help="show and draw the results of an earlier --json")
@@ -190,6 +194,12 @@ def sdpa_context(backend: SDPBackend | None, shape: Shape) -> Iterator[None]:
 def measure_grid(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Measures row by row and prints each as it is done; returns what --json writes."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or torch refuses matmuls in deterministic rows
+    clock = time.perf_counter
+    if options.cpu_time:
+        if device.type != "cpu":
+            raise SystemExit(f"--cpu-time: needs --device cpu, got {device}")
+        torch.set_num_threads(1)
+        clock = time.process_time
     known = list(PEERS[device.type])
     peers = known if options.peers is None else options.peers
     for name in peers:
@@ -200,7 +210,7 @@ def measure_grid(options: argparse.Namespace, device: torch.device) -> dict[str,
     refused: list[dict[str, Any]] = []
     table = speed_table(peers)
     for shape in shapes(options, device):
-        found, reasons = measure(contenders(shape, device, peers), device, options.rounds)
+        found, reasons = measure(contenders(shape, device, peers), device, options.rounds, clock)
         if OURS in reasons:
             raise SystemExit(f"{OURS} cannot run {shape}: {reasons[OURS]}")
         rows += [record(shape, name, measurement) for name, measurement in found.items()]
@@ -214,6 +224,7 @@ def measure_grid(options: argparse.Namespace, device: torch.device) -> dict[str,
         "device": devices.describe(device),
         "machine": devices.machine(),
         "rounds": options.rounds or ROUNDS[device.type],
+        "clock": "CPU time of one thread" if options.cpu_time else "elapsed time",
         "peers": peers,
         "rows": rows,
         "refused": refused,

@@ -15,6 +15,7 @@ ROUND_SECONDS = {"cuda": 0.01, "cpu": 0.05}
 ROUNDS = {"cuda": 11, "cpu": 5}
 
 Call = Callable[[], object]
+Clock = Callable[[], float]  # seconds; on a GPU events are used instead
 
 
 class Contender(NamedTuple):
@@ -38,7 +39,10 @@ class Measurement(NamedTuple):
 
 
 def measure(
-    contenders: Sequence[Contender], device: torch.device, rounds: int | None = None
+    contenders: Sequence[Contender],
+    device: torch.device,
+    rounds: int | None = None,
+    clock: Clock = time.perf_counter,
 ) -> tuple[dict[str, Measurement], dict[str, str]]:
     """Measures all contenders; returns their measurements and, of those that cannot do it, the reason."""
     rounds = ROUNDS[device.type] if rounds is None else rounds
@@ -50,9 +54,9 @@ def measure(
             with contender.context():
                 call = contender.prepare()
                 peaks[contender.name] = peak_bytes(call, device)
-                seconds = time_calls(call, 1, device)
+                seconds = time_calls(call, 1, device, clock)
                 repeats = max(1, round(ROUND_SECONDS[device.type] / seconds))
-                time_calls(call, repeats, device)  # clocks and caches settle
+                time_calls(call, repeats, device, clock)  # clocks and caches settle
                 calls[contender.name] = contender, call, repeats
         except RuntimeError as error:
             refused[contender.name] = str(error).strip().split("\n", maxsplit=1)[0] or type(error).__name__
@@ -65,12 +69,12 @@ def measure(
         for name in order[at:] + order[:at]:  # nobody always comes first
             contender, call, repeats = calls[name]
             with contender.context():
-                times[name].append(time_calls(call, repeats, device))
+                times[name].append(time_calls(call, repeats, device, clock))
     found = {name: Measurement(statistics.median(times[name]), times[name], peaks[name]) for name in calls}
     return found, refused
 
 
-def time_calls(call: Call, repeats: int, device: torch.device) -> float:
+def time_calls(call: Call, repeats: int, device: torch.device, clock: Clock) -> float:
     """Seconds for one of `repeats` calls in a row."""
     if device.type == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -80,10 +84,10 @@ def time_calls(call: Call, repeats: int, device: torch.device) -> float:
         end.record()
         end.synchronize()
         return begin.elapsed_time(end) / 1000.0 / repeats
-    start = time.perf_counter()
+    start = clock()
     for _ in range(repeats):
         call()
-    return (time.perf_counter() - start) / repeats
+    return (clock() - start) / repeats
 
 
 def peak_bytes(call: Call, device: torch.device) -> int | None:

@@ -68,7 +68,7 @@ class Dropout {
   }
 
   bool enabled_;
-  uint32_t threshold_, key_[2], offset_, sequence_;
+  uint32_t threshold_, key_[2] = {}, offset_ = 0, sequence_ = 0;
 };
 
 }  // namespace flash_attn
