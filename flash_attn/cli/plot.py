@@ -56,7 +56,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
             axis.set_xticks(lengths, [str(length) for length in lengths], fontsize=7)
             axis.minorticks_off()
             if value == "peak_bytes":
+                low, high = axis.get_ylim()
                 axis.set_yscale("log", base=2)
+                axis.set_ylim(low / 4, high * 4)  # equal needs must look equal
                 axis.yaxis.set_major_formatter("{x:g}")
                 axis.set_xlabel("sequence length")
             else:
