@@ -18,16 +18,18 @@ struct SplitFloat {
   }
 };
 
-// c += a b for one left fragment per m tile and one right fragment of two n tiles. `Sum` is what a block-wide multiply
-// adds into, until finish().
+// c += a b for one left fragment per m tile and one right fragment of two n tiles. `Sum` is what the multiplies of PAIRS
+// pairs of n tiles, from c's pair FIRST on, add into, until finish().
 template <class T>
 struct Instruction {
   static constexpr int kStepK = 16;
+  static constexpr int kMaxRegs = 1 << 30;  // of c that are summed at once
 
-  template <class C, bool PRECISE>
+  template <class C, int FIRST, int PAIRS, bool PRECISE>
   struct Sum {
     C& c;
     explicit FA_DEVICE Sum(C& c) : c(c) {}
+    FA_DEVICE void carry(int) {}
     FA_DEVICE void finish() {}
   };
 
@@ -44,25 +46,40 @@ struct Instruction {
 template <>
 struct Instruction<float> {
   static constexpr int kStepK = 8;
+  static constexpr int kMaxRegs = 24;
 
-  // Tensor cores add with truncation. So, as far as registers go, sums are kept short, scores (PRECISE, since they are
-  // exponentiated) have their small products apart, and what a multiply gave is added with rounding to nearest.
-  template <class C, bool PRECISE>
+  // Tensor cores add with truncation. So sums are kept short and then added with rounding to nearest; the forward's
+  // (PRECISE) are the shortest, and have their small products apart.
+  template <class C, int FIRST, int PAIRS, bool PRECISE>
   struct Sum {
-    static constexpr bool kShort = C::kRegs <= 64, kApart = PRECISE && C::kRegs <= 32;
+    static constexpr int kRegs = C::kTilesM * PAIRS * 8, kCarrySteps = 4;
     C& c;
-    C short_sum, small_sum;
+    float large[C::kTilesM][2 * PAIRS][4], small[PRECISE ? C::kTilesM : 1][2 * PAIRS][4];
 
     explicit FA_DEVICE Sum(C& c) : c(c) {
-      if (kShort) short_sum.fill(0);
-      if (kApart) small_sum.fill(0);
+      clear(large);
+      if (PRECISE) clear(small);
     }
-    FA_DEVICE C& large() { return kShort ? short_sum : c; }
-    FA_DEVICE C& small() { return kApart ? small_sum : large(); }
-    FA_DEVICE void finish() {
+    FA_DEVICE float* large_tile(int m, int n) { return large[m][n]; }
+    FA_DEVICE float* small_tile(int m, int n) { return PRECISE ? small[m][n] : large[m][n]; }
+    FA_DEVICE void carry(int step) {
+      if (!PRECISE || step == 0 || step % kCarrySteps != 0) return;
+      add(false);
+      clear(large);
+    }
+    FA_DEVICE void finish() { add(PRECISE); }
+
+   private:
+    template <int M>
+    static FA_DEVICE void clear(float (&sum)[M][2 * PAIRS][4]) {
       FA_UNROLL
-      for (int reg = 0; kShort && reg < C::kRegs; ++reg) {
-        c[reg] += kApart ? short_sum[reg] + small_sum[reg] : short_sum[reg];
+      for (int i = 0; i < M * 2 * PAIRS * 4; ++i) (&sum[0][0][0])[i] = 0;
+    }
+    FA_DEVICE void add(bool with_small) {
+      FA_UNROLL
+      for (int i = 0; i < kRegs; ++i) {
+        const int m = i / (8 * PAIRS), n = i / 4 % (2 * PAIRS), e = i % 4;
+        c.tile(m, 2 * FIRST + n)[e] += with_small ? large[m][n][e] + small[m][n][e] : large[m][n][e];
       }
     }
   };
@@ -77,10 +94,10 @@ struct Instruction<float> {
       split(a[m], a_hi, a_lo);
       FA_UNROLL
       for (int half = 0; half < 2; ++half) {
-        float* small = sum.small().tile(m, 2 * pair + half);
+        float* small = sum.small_tile(m, 2 * pair + half);
         mma_tf32(small, a_lo, b_hi[2 * half], b_hi[2 * half + 1]);
         mma_tf32(small, a_hi, b_lo[2 * half], b_lo[2 * half + 1]);
-        mma_tf32(sum.large().tile(m, 2 * pair + half), a_hi, b_hi[2 * half], b_hi[2 * half + 1]);
+        mma_tf32(sum.large_tile(m, 2 * pair + half), a_hi, b_hi[2 * half], b_hi[2 * half + 1]);
       }
     }
   }
@@ -96,25 +113,29 @@ struct Instruction<float> {
   }
 };
 
-// All steps of K, each fragment loaded one multiply ahead of its use: load_a(fragment, m, step) and
-// load_b(fragment, pair of n tiles, step). Loads and multiplies are volatile, so the order written is the order kept.
-template <class T, int K, bool PRECISE = false, class C, class LoadA, class LoadB>
+// All steps of K for c's columns from pair FIRST on, as many as are summed at once, then the others. Each fragment is
+// loaded one multiply ahead of its use: load_a(fragment, m, step) and load_b(fragment, pair of n tiles, step). Loads and
+// multiplies are volatile, so the order written is the order kept.
+template <class T, int K, bool PRECISE = false, int FIRST = 0, class C, class LoadA, class LoadB>
 FA_DEVICE void multiply_pipelined(C& c, LoadA&& load_a, LoadB&& load_b) {
-  constexpr int kSteps = K / Instruction<T>::kStepK, kPairs = C::kTilesN / 2;
+  constexpr int kSteps = K / Instruction<T>::kStepK, kAllPairs = C::kTilesN / 2;
+  constexpr int kMost = Instruction<T>::kMaxRegs / (8 * C::kTilesM), kRest = kAllPairs - FIRST;
+  constexpr int kPairs = kRest < kMost ? kRest : kMost;
   uint32_t a[2][C::kTilesM][4], b[2][4];
-  typename Instruction<T>::template Sum<C, PRECISE> sum(c);
+  typename Instruction<T>::template Sum<C, FIRST, kPairs, PRECISE> sum(c);
   FA_UNROLL
   for (int m = 0; m < C::kTilesM; ++m) load_a(a[0][m], m, 0);
-  load_b(b[0], 0, 0);
+  load_b(b[0], FIRST, 0);
   FA_UNROLL
   for (int step = 0; step < kSteps; ++step) {
+    sum.carry(step);
     FA_UNROLL
     for (int pair = 0; pair < kPairs; ++pair) {
       const int now = step * kPairs + pair;
       if (pair + 1 < kPairs) {
-        load_b(b[(now + 1) % 2], pair + 1, step);
+        load_b(b[(now + 1) % 2], FIRST + pair + 1, step);
       } else if (step + 1 < kSteps) {
-        load_b(b[(now + 1) % 2], 0, step + 1);
+        load_b(b[(now + 1) % 2], FIRST, step + 1);
       }
       if (pair == kPairs - 1 && step + 1 < kSteps) {
         FA_UNROLL
@@ -124,6 +145,7 @@ FA_DEVICE void multiply_pipelined(C& c, LoadA&& load_a, LoadB&& load_b) {
     }
   }
   sum.finish();
+  if constexpr (kPairs < kRest) multiply_pipelined<T, K, PRECISE, FIRST + kPairs>(c, load_a, load_b);
 }
 
 template <class T, class C, int M, int N, int K, int THREADS>
@@ -149,7 +171,7 @@ FA_DEVICE void multiply_nn(C& c, const Tile<T, M, K, THREADS>& a, const Tile<T, 
 
 template <class T, class C, int M, int N, int K, int WARPS, int THREADS>
 FA_DEVICE void multiply_nn(C& c, const Operand<T, M, K, WARPS>& a, const Tile<T, K, N, THREADS>& b) {
-  multiply_pipelined<T, K>(
+  multiply_pipelined<T, K, true>(
       c, [&](uint32_t(&f)[4], int m, int step) { a.load(f, m, step); },
       [&](uint32_t(&f)[4], int pair, int step) { b.template load_kn<C::kWarpCols>(f, c.warp_col(), 16 * pair, step); });
 }
