@@ -18,8 +18,8 @@ struct SplitFloat {
   }
 };
 
-// c += a b for one left fragment per m tile and one right fragment of two n tiles. `Sum` is what the multiplies of PAIRS
-// pairs of n tiles, from c's pair FIRST on, add into, until finish().
+// c += a b for one left fragment per m tile and one right fragment of two n tiles. `Sum` is what the multiplies of
+// PAIRS pairs of n tiles, from c's pair FIRST on, add into, until finish().
 template <class T>
 struct Instruction {
   static constexpr int kStepK = 16;
@@ -114,8 +114,8 @@ struct Instruction<float> {
 };
 
 // All steps of K for c's columns from pair FIRST on, as many as are summed at once, then the others. Each fragment is
-// loaded one multiply ahead of its use: load_a(fragment, m, step) and load_b(fragment, pair of n tiles, step). Loads and
-// multiplies are volatile, so the order written is the order kept.
+// loaded one multiply ahead of its use: load_a(fragment, m, step) and load_b(fragment, pair of n tiles, step). Loads
+// and multiplies are volatile, so the order written is the order kept.
 template <class T, int K, bool PRECISE = false, int FIRST = 0, class C, class LoadA, class LoadB>
 FA_DEVICE void multiply_pipelined(C& c, LoadA&& load_a, LoadB&& load_b) {
   constexpr int kSteps = K / Instruction<T>::kStepK, kAllPairs = C::kTilesN / 2;
@@ -171,7 +171,7 @@ FA_DEVICE void multiply_nn(C& c, const Tile<T, M, K, THREADS>& a, const Tile<T, 
 
 template <class T, class C, int M, int N, int K, int WARPS, int THREADS>
 FA_DEVICE void multiply_nn(C& c, const Operand<T, M, K, WARPS>& a, const Tile<T, K, N, THREADS>& b) {
-  multiply_pipelined<T, K, true>(
+  multiply_pipelined<T, K, (C::kRegs <= 32)>(
       c, [&](uint32_t(&f)[4], int m, int step) { a.load(f, m, step); },
       [&](uint32_t(&f)[4], int pair, int step) { b.template load_kn<C::kWarpCols>(f, c.warp_col(), 16 * pair, step); });
 }
