@@ -18,7 +18,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "cuda/attention": ("cuda/tile", "cuda/compat.cuh", "core"),
     "cuda/kernels": ("cuda/attention", "cuda/tile", "cuda/compat.cuh", "core"),
     "cuda/sm80": ("cuda/tile", "cuda/compat.cuh", "core", "vendor"),
-    "cuda/sm90": ("cuda/attention", "cuda/tile", "cuda/compat.cuh", "core", "vendor"),
+    "cuda/sm90": ("cuda/sm80", "cuda/kernels", "cuda/attention", "cuda/tile", "cuda/compat.cuh", "core", "vendor"),
     "cuda/instance.cuh": ("cuda/compat.cuh", "core"),
     "cuda/launch.cu": ("cuda/attention", "cuda/compat.cuh", "core", "backend.h", "vendor"),
     "hip/gfx90a": ("cuda/tile", "cuda/compat.cuh", "core", "vendor"),

@@ -35,6 +35,8 @@ struct KernelInfo {
   int64_t (*blocks)(const void* params);  // how many blocks these params make
   HostKernel host;       // null on a GPU
   const void* device;    // the __global__ function; null on the host
+  // Launches it where that takes more than its params, `blocks` of them and `shared_bytes`; null elsewhere. Throws.
+  void (*launch)(const void* params, int64_t blocks, int shared_bytes, void* stream);
 };
 
 // The instances of one machine code: "sm80", "gfx90a", "x86-64-v3", ...

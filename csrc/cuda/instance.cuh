@@ -17,6 +17,18 @@ int64_t blocks_of(const void* params) {
   return K::blocks(*static_cast<const typename K::Params*>(params));
 }
 
+// A kernel may bring its own way to be launched: K::launch(params, blocks, shared_bytes, stream).
+template <class K, class = void>
+struct Launcher {
+  static constexpr auto kLaunch = nullptr;
+  static const void* device() { return reinterpret_cast<const void*>(&run_kernel<K>); }
+};
+template <class K>
+struct Launcher<K, std::void_t<decltype(K::launch)>> {
+  static constexpr auto kLaunch = &K::launch;
+  static const void* device() { return K::device(); }
+};
+
 template <class K>
 KernelInfo kernel_info(const KernelKey& key) {
   KernelInfo info{};
@@ -27,7 +39,8 @@ KernelInfo kernel_info(const KernelKey& key) {
   info.shared_bytes = K::kSharedBytes;
   info.stash_bytes = K::kStashBytes;
   info.blocks = blocks_of<K>;
-  info.device = reinterpret_cast<const void*>(&run_kernel<K>);
+  info.device = Launcher<K>::device();
+  info.launch = Launcher<K>::kLaunch;
   return info;
 }
 

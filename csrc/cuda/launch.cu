@@ -26,20 +26,29 @@ int device_attribute(cudaDeviceAttr attribute, const Queue& queue) {
   return value;
 }
 
-const KernelTable& table() {
+// The best that this build has for the device: the first GPU table, but for those made for one machine alone.
+const KernelTable& table(int device_index) {
+  int major = 0, minor = 0;
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_index), "reading a device attribute");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device_index), "reading a device attribute");
+  const bool is_hopper = major == 9 && minor == 0;
   const KernelTables all = kernel_tables();
   for (int i = 0; i < all.count; ++i) {
-    if (all.tables[i]->count > 0 && all.tables[i]->kernels[0]->device != nullptr) return *all.tables[i];
+    const bool for_hopper = std::string(all.tables[i]->machine) == "sm90";
+    if (all.tables[i]->count > 0 && all.tables[i]->kernels[0]->device != nullptr && (is_hopper || !for_hopper)) {
+      return *all.tables[i];
+    }
   }
-  throw std::runtime_error("this build holds no GPU kernels (rebuild with FLASH_ATTENTION_BACKEND=cuda or hip)");
+  throw std::runtime_error("this build holds no GPU kernels for compute capability " + std::to_string(major) + "." +
+                           std::to_string(minor) + " (rebuild with FLASH_ATTENTION_BACKEND=cuda or hip)");
 }
 
 bool is_modified(const AttentionParams& p) {
   return p.softcap > 0 || p.alibi_slopes != nullptr || p.dropout_p > 0 || !(p.softmax_scale > 0) || !p.aligned;
 }
 
-const KernelInfo& find(KernelKind kind, DType dtype, int head_dim = 0, bool modified = false) {
-  const KernelInfo* info = table().find_padded({kind, dtype, head_dim, modified});
+const KernelInfo& find(const Queue& queue, KernelKind kind, DType dtype, int head_dim = 0, bool modified = false) {
+  const KernelInfo* info = table(queue.device_index).find_padded({kind, dtype, head_dim, modified});
   if (info == nullptr) {
     throw std::invalid_argument(std::string("no kernel was compiled for this dtype and head_dim ") +
                                 std::to_string(head_dim) + " (see FLASH_ATTENTION_INSTANCES in the build's settings)");
@@ -47,11 +56,11 @@ const KernelInfo& find(KernelKind kind, DType dtype, int head_dim = 0, bool modi
   return *info;
 }
 
-const KernelInfo& forward_kernel(const ForwardParams& p) {
-  return find(KernelKind::kForward, p.dtype, p.head_dim, is_modified(p) || p.s_dmask != nullptr);
+const KernelInfo& forward_kernel(const ForwardParams& p, const Queue& queue) {
+  return find(queue, KernelKind::kForward, p.dtype, p.head_dim, is_modified(p) || p.s_dmask != nullptr);
 }
-const KernelInfo& backward_kernel(const BackwardParams& p) {
-  return find(KernelKind::kBackward, p.dtype, p.head_dim, is_modified(p));
+const KernelInfo& backward_kernel(const BackwardParams& p, const Queue& queue) {
+  return find(queue, KernelKind::kBackward, p.dtype, p.head_dim, is_modified(p));
 }
 
 template <class Params>
@@ -64,6 +73,7 @@ void launch(const KernelInfo& kernel, Params& params, const Queue& queue, int mo
     check(cudaFuncSetAttribute(kernel.device, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
           "reserving shared memory");
   }
+  if (kernel.launch != nullptr) return kernel.launch(&params, blocks, shared_bytes, queue.stream);
   void* arguments[] = {&params};
   check(cudaLaunchKernel(kernel.device, dim3(unsigned(blocks)), dim3(unsigned(kernel.threads)), arguments,
                          size_t(shared_bytes), static_cast<cudaStream_t>(queue.stream)),
@@ -116,7 +126,7 @@ bool partials_are_small(const ForwardParams& p, int chunks) {
 
 Workspace plan_forward(ForwardParams& p, const Queue& queue) {
   check_rows(p);
-  const KernelInfo& kernel = forward_kernel(p);
+  const KernelInfo& kernel = forward_kernel(p, queue);
   if (p.split_size < 0 || p.split_size % kernel.block_n != 0) {
     throw std::invalid_argument("split_size must be a multiple of the key block " + std::to_string(kernel.block_n) +
                                 " of head_dim " + std::to_string(p.head_dim) + ", got " + std::to_string(p.split_size));
@@ -153,7 +163,7 @@ Workspace plan_forward(ForwardParams& p, const Queue& queue) {
 
 void forward(ForwardParams p, void* workspace, const Queue& queue) {
   use_device(queue);
-  const KernelInfo& kernel = forward_kernel(p);
+  const KernelInfo& kernel = forward_kernel(p, queue);
   if (p.num_splits > 1) {
     char* at = static_cast<char*>(workspace);
     p.partial_out = at;
@@ -162,7 +172,7 @@ void forward(ForwardParams p, void* workspace, const Queue& queue) {
     at += align(size_t(partial_rows(p)) * sizeof(float));
     p.partial_sum = at;
     launch(kernel, p, queue);
-    launch(find(KernelKind::kCombine, p.dtype), p, queue);
+    launch(find(queue, KernelKind::kCombine, p.dtype), p, queue);
     return;
   }
   const bool may_fold = p.split_size > 0 && p.seqlen_k > p.split_size;
@@ -183,7 +193,7 @@ Workspace plan_backward(BackwardParams& p, const Queue& queue) {
   check_rows(p);
   check_rows("out", p.out, p.total_q, p.dtype);
   check_rows("dout", p.dout, p.total_q, p.dtype);
-  const KernelInfo& kernel = backward_kernel(p);
+  const KernelInfo& kernel = backward_kernel(p, queue);
   const int group = p.heads_q / p.heads_kv;
   const int64_t head_bytes =
       2 * (int64_t(p.seqlen_q) * group + p.seqlen_k) * p.head_dim * int64_t(element_bytes(p.dtype));
@@ -193,25 +203,26 @@ Workspace plan_backward(BackwardParams& p, const Queue& queue) {
 
 void backward(BackwardParams p, void* workspace, const Queue& queue) {
   use_device(queue);
-  const KernelInfo& kernel = backward_kernel(p);
+  const KernelInfo& kernel = backward_kernel(p, queue);
   const size_t accum_bytes = dq_accum_bytes(p, kernel), turn_bytes = dq_turn_bytes(p, kernel);
   p.dq_accum = workspace;
   p.dq_turn = p.deterministic ? reinterpret_cast<int32_t*>(static_cast<char*>(workspace) + accum_bytes) : nullptr;
   check(cudaMemsetAsync(workspace, 0, accum_bytes + turn_bytes, static_cast<cudaStream_t>(queue.stream)),
         "clearing the accumulator of dQ");
-  launch(find(KernelKind::kPreprocess, p.dtype, p.head_dim), p, queue);
+  launch(find(queue, KernelKind::kPreprocess, p.dtype, p.head_dim), p, queue);
   launch(kernel, p, queue);
-  launch(find(KernelKind::kFinishDq, p.dtype, p.head_dim), p, queue);
+  launch(find(queue, KernelKind::kFinishDq, p.dtype, p.head_dim), p, queue);
 }
 
-int key_block(DType dtype, int head_dim) { return find(KernelKind::kForward, dtype, head_dim).block_n; }
+// That of the first device.
+int key_block(DType dtype, int head_dim) { return find({}, KernelKind::kForward, dtype, head_dim).block_n; }
 
 const char* describe(const Queue& queue) {
   thread_local char text[320];
   cudaDeviceProp properties;
   check(cudaGetDeviceProperties(&properties, queue.device_index), "reading the device's properties");
   std::snprintf(text, sizeof text, "%s, compute capability %d.%d, %d multiprocessors, kernels for %s", properties.name,
-                properties.major, properties.minor, properties.multiProcessorCount, table().machine);
+                properties.major, properties.minor, properties.multiProcessorCount, table(queue.device_index).machine);
   return text;
 }
 

@@ -24,6 +24,7 @@ from tools.build.ninja_file import Rule, Step
 
 # Machine code for Ampere and Hopper, and PTX for whatever comes between and after.
 DEFAULT_ARCHS = ("80", "90")
+HOPPER = ("90", "90a")  # built as the sm90 machine, whose instructions only sm_90a has
 
 NVCC_FLAGS = (
     "-std=c++17",
@@ -69,24 +70,31 @@ class CudaBackend(Backend):
             raise BuildError("nvcc was not found (install the CUDA toolkit, put it on PATH, or set CUDA_HOME)")
         self.nvcc = nvcc
         self.archs = cuda_archs(config)
-        self.machines = machines(config, "cuda", platform.machine())
+        wanted = {"sm90" if arch in HOPPER else "sm80" for arch in self.archs}
+        self.machines = tuple(m for m in machines(config, "cuda", platform.machine()) if m.name in wanted)
 
     def rules(self) -> dict[str, Rule]:
         command = f"{self.nvcc} -ccbin {self.config.cxx} -MD -MF $out.d $flags -c $in -o $out"
         return {"nvcc": Rule(command, "nvcc $out", "$out.d")}
 
-    def flags(self) -> tuple[str, ...]:
-        codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in self.archs]
-        codes.append(f"-gencode=arch=compute_{self.archs[0]},code=compute_{self.archs[0]}")
-        return (*NVCC_FLAGS, *codes, *self.defines(), f"-I{self.csrc}")
+    def codes(self, machine: Machine) -> tuple[str, ...]:
+        """What nvcc compiles a machine's kernels for; the lowest but Hopper's also as PTX."""
+        if machine.name == "sm90":
+            return ("-gencode=arch=compute_90a,code=sm_90a",)
+        archs = [arch for arch in self.archs if arch not in HOPPER]
+        codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+        return (*codes, f"-gencode=arch=compute_{archs[0]},code=compute_{archs[0]}")
+
+    def flags(self, machine: Machine) -> tuple[str, ...]:
+        return (*NVCC_FLAGS, *self.codes(machine), *self.defines(), f"-I{self.csrc}")
 
     def steps(self) -> list[Step]:
         launch = self.csrc / "cuda/launch.cu"
-        steps = [Step("nvcc", (launch,), self.object_path("cuda", launch), self.flags())]
+        steps = [Step("nvcc", (launch,), self.object_path("cuda", launch), self.flags(self.machines[0]))]
         for machine in self.machines:
             files = instance_files(machine, self.config)
             for path in write_instance_files(files, self.generated, ".cu"):
-                steps.append(Step("nvcc", (path,), self.object_path(machine.name, path), self.flags()))
+                steps.append(Step("nvcc", (path,), self.object_path(machine.name, path), self.flags(machine)))
         return steps
 
     def tables(self) -> dict[Machine, tuple[Instance, ...]]:
@@ -102,4 +110,4 @@ class CudaBackend(Backend):
         version = subprocess.run([self.nvcc, "--version"], capture_output=True, text=True).stdout
         match = re.search(r"release [\d.]+, V([\d.]+)", version)
         compiler = f"nvcc {match.group(1)}" if match else first_line(self.nvcc, "--version")
-        return {"archs": [f"sm_{arch}" for arch in self.archs], "compiler": compiler}
+        return {"archs": [f"sm_{'90a' if arch in HOPPER else arch}" for arch in self.archs], "compiler": compiler}

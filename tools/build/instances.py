@@ -79,6 +79,7 @@ MACHINES = (
     _host("x86-64-v4", CPU_DTYPES, _V4),
     _host("x86-64-v3", CPU_DTYPES, ("-march=x86-64-v3",)),
     _host("generic", CPU_DTYPES, (), processors=()),
+    Machine("sm90", "cuda", "cuda/sm90/arch.cuh", "Sm90", GPU_DTYPES),
     Machine("sm80", "cuda", "cuda/sm80/arch.cuh", "Sm80", GPU_DTYPES),
     Machine("gfx90a", "hip", "hip/gfx90a/arch.cuh", "Gfx90a", GPU_DTYPES),
 )

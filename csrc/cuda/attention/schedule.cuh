@@ -117,6 +117,42 @@ struct HeadItem {
   }
 };
 
+// A block of the forward: which query rows of which head, and which share of their keys.
+template <int BLOCK_M>
+struct ForwardWork {
+  int query_begin, split, head, batch;
+
+  static int64_t blocks(const ForwardParams& p) {
+    return int64_t(ceil_div(p.seqlen_q, BLOCK_M)) * p.num_splits * p.heads_q * p.batch;
+  }
+
+  // The longest blocks of a causal mask come first, so that the short ones fill the gaps at the end.
+  FA_DEVICE ForwardWork(const ForwardParams& p, uint32_t block) {
+    const uint32_t query_blocks = ceil_div(p.seqlen_q, BLOCK_M);
+    const HeadItem item(block, query_blocks * p.num_splits, p.heads_q, p.batch, p.head_group);
+    const int query_block = p.num_splits == 1 ? item.item : int(item.item % query_blocks);
+    query_begin = (p.window_right >= 0 ? int(query_blocks) - 1 - query_block : query_block) * BLOCK_M;
+    split = p.num_splits == 1 ? 0 : int(item.item / query_blocks);
+    head = item.head;
+    batch = item.batch;
+  }
+};
+
+// Keys [begin, end) of such a block; begin is a multiple of block_n.
+struct VisibleKeys {
+  int begin, end;
+
+  template <int BLOCK_M>
+  FA_DEVICE VisibleKeys(const ForwardParams& p, const ForwardWork<BLOCK_M>& work, const Mask& mask, int block_n)
+      : begin(mask.keys_begin(work.query_begin) / block_n * block_n),
+        end(mask.keys_end(min_int(work.query_begin + BLOCK_M, mask.len_q))) {
+    if (p.num_splits > 1) {
+      begin = max_int(begin, work.split * p.split_size);
+      if (end > int64_t(work.split + 1) * p.split_size) end = (work.split + 1) * p.split_size;
+    }
+  }
+};
+
 // Query blocks of a sequence inside per-head workspace that is laid out block by block. Sequences of a packed batch
 // start at floor((first_q + batch * block) / block), which leaves every one room without knowing the others' lengths.
 FA_HOST_DEVICE int64_t first_query_block(const AttentionParams& p, int batch, int64_t first_q, int block_m) {

@@ -22,11 +22,19 @@ struct OnlineSoftmax {
     sum.fill(Scalar(0));
   }
 
-  // Turns raw scores into exp2(score - max), rescales the output and adds to the sums. scale_log2 is positive, so the
-  // maximum of the scaled scores is the scaled maximum.
+  // Turns raw scores into exp2(score - max), rescales the output and adds to the sums.
   template <class Scores, class Output>
   FA_DEVICE void update(Scores& scores, Output& output, Scalar scale_log2) {
-    Rows block_max, rescale;
+    Rows rescale;
+    raise_max(scores, scale_log2, rescale);
+    apply(rescale, output);
+    exponentiate(scores, scale_log2);
+  }
+
+  // The parts of it. scale_log2 is positive, so the maximum of the scaled scores is the scaled maximum.
+  template <class Scores>
+  FA_DEVICE void raise_max(const Scores& scores, Scalar scale_log2, Rows& rescale) {
+    Rows block_max;
     block_max.fill(-infinity<Scalar>());
     scores.max_rows(block_max);
     Rows::for_each([&](int slot, int, bool) {
@@ -35,7 +43,13 @@ struct OnlineSoftmax {
       rescale[slot] = exp2_fast(former - max[slot]);
       sum[slot] *= rescale[slot];
     });
+  }
+  template <class Output>
+  static FA_DEVICE void apply(Rows& rescale, Output& output) {
     Output::for_each([&](int slot, int, int, int reg) { output[reg] *= rescale[slot]; });
+  }
+  template <class Scores>
+  FA_DEVICE void exponentiate(Scores& scores, Scalar scale_log2) {
     Scores::for_each([&](int slot, int, int, int reg) {
       scores[reg] = exp2_fast(fma_rn(scores[reg], scale_log2, -max[slot]));
     });

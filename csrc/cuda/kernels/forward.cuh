@@ -7,6 +7,7 @@
 #pragma once
 
 #include "../attention/dropout.cuh"
+#include "../attention/epilogue.cuh"
 #include "../attention/schedule.cuh"
 #include "../attention/score.cuh"
 #include "../attention/softmax.cuh"
@@ -43,24 +44,9 @@ struct Forward {
   // More shared memory, only where a row has several chunks: the running fold's output, maxima and sums.
   static constexpr int kStashBytes = Stash::kBytes + 2 * Rows::kSlots * kThreads * int(sizeof(Scalar));
 
-  static int64_t blocks(const Params& p) {
-    return int64_t(ceil_div(p.seqlen_q, kM)) * p.num_splits * p.heads_q * p.batch;
-  }
+  using Work = ForwardWork<kM>;
 
-  // The longest blocks of a causal mask come first, so that the short ones fill the gaps at the end.
-  struct Work {
-    int query_begin, split, head, batch;
-
-    FA_DEVICE Work(const Params& p, uint32_t block) {
-      const uint32_t query_blocks = ceil_div(p.seqlen_q, kM);
-      const HeadItem item(block, query_blocks * p.num_splits, p.heads_q, p.batch, p.head_group);
-      const int query_block = p.num_splits == 1 ? item.item : int(item.item % query_blocks);
-      query_begin = (p.window_right >= 0 ? int(query_blocks) - 1 - query_block : query_block) * kM;
-      split = p.num_splits == 1 ? 0 : int(item.item / query_blocks);
-      head = item.head;
-      batch = item.batch;
-    }
-  };
+  static int64_t blocks(const Params& p) { return Work::blocks(p); }
 
   // What one block knows and holds while it runs.
   const Params& p;
@@ -78,7 +64,7 @@ struct Forward {
   Scalar* const stashed_rows;
 
   static FA_DEVICE void run(const Params& p, int64_t block, char* shared) {
-    clear_rows_of_no_sequence(p, Work(p, uint32_t(block)));
+    clear_rows_of_no_sequence<T, A>(p, Work(p, uint32_t(block)));
     Forward self(p, uint32_t(block), shared);
     if (self.work.query_begin < self.seq.len_q) {
       Output output;
@@ -131,27 +117,7 @@ struct Forward {
     }
   }
 
-  static FA_DEVICE void clear_rows_of_no_sequence(const Params& p, const Work& work) {
-    const Scalar* sink = static_cast<const Scalar*>(p.sink);
-    clear_spare_rows<A>(p, p.cu_seqlens_q, p.total_q, work.batch, work.query_begin / kM, ceil_div(p.seqlen_q, kM),
-                        [&](int64_t row, int col) {
-                          head_rows<T>(p.out, 0, work.head, row)[col] = T{};
-                          *head_rows<Scalar>(p.lse, 0, work.head, row) = sink ? sink[work.head] : infinity<Scalar>();
-                        });
-  }
-
-  // Keys [begin, end) of this block; begin a multiple of kN.
-  struct Keys {
-    int begin, end;
-  };
-  FA_DEVICE Keys keys() const {
-    Keys keys{mask.keys_begin(work.query_begin) / kN * kN, mask.keys_end(min_int(work.query_begin + kM, seq.len_q))};
-    if (p.num_splits > 1) {
-      keys.begin = max_int(keys.begin, work.split * p.split_size);
-      if (keys.end > int64_t(work.split + 1) * p.split_size) keys.end = (work.split + 1) * p.split_size;
-    }
-    return keys;
-  }
+  FA_DEVICE VisibleKeys keys() const { return VisibleKeys(p, work, mask, kN); }
 
   // Leaves the unnormalised output, and the softmax finished.
   FA_DEVICE void attend(Output& output, OnlineSoftmax<Scalar, Rows>& softmax) {
@@ -240,18 +206,9 @@ struct Forward {
   }
 
   FA_DEVICE void write(Output& output, OnlineSoftmax<Scalar, Rows>& softmax) {
-    if (p.num_splits > 1) return write_partial(output, softmax);
-    const Scalar* sink = p.sink == nullptr ? nullptr : static_cast<const Scalar*>(p.sink) + work.head;
-    Scalar* lse = head_rows<Scalar>(p.lse, work.batch, work.head, seq.first_q + work.query_begin);
+    if (p.num_splits > 1) return write_partial(p, work, rows(), softmax, output);
     const Scalar kept = kModified && dropout.enabled() ? Scalar(1) / (Scalar(1) - Scalar(p.dropout_p)) : Scalar(1);
-    Rows scale;
-    Rows::for_each([&](int slot, int row, bool owner) {
-      const RowResult<Scalar> result(softmax.max[slot], softmax.sum[slot], sink);
-      scale[slot] = result.scale * kept;
-      softmax.sum[slot] = result.lse;
-      if (owner && row < rows()) lse[row] = result.lse;
-    });
-    Output::for_each([&](int slot, int, int, int reg) { output[reg] *= scale[slot]; });
+    normalise(p, work, seq, rows(), kept, softmax, output);
     if (kModified && p.s_dmask != nullptr) write_probabilities(softmax.sum);
 
     T* out = head_rows<T>(p.out, work.batch, work.head, seq.first_q + work.query_begin);
@@ -259,24 +216,6 @@ struct Forward {
     q_tile.put(output);
     A::sync();
     q_tile.write(out, p.out.row_stride, rows(), p.head_dim, aligned());
-  }
-
-  // This block's chunk, not normalised, for Combine.
-  FA_DEVICE void write_partial(Output& output, OnlineSoftmax<Scalar, Rows>& softmax) {
-    const int64_t first =
-        ((int64_t(work.split) * p.batch + work.batch) * p.heads_q + work.head) * p.seqlen_q + work.query_begin;
-    Scalar* max = static_cast<Scalar*>(p.partial_max) + first;
-    Scalar* sum = static_cast<Scalar*>(p.partial_sum) + first;
-    Scalar* out = static_cast<Scalar*>(p.partial_out) + first * p.head_dim;
-    Rows::for_each([&](int slot, int row, bool owner) {
-      if (owner && row < rows()) {
-        max[row] = softmax.max[slot];
-        sum[row] = softmax.sum[slot];
-      }
-    });
-    Output::for_each([&](int, int row, int col, int reg) {
-      if (row < rows() && col < p.head_dim) out[int64_t(row) * p.head_dim + col] = output[reg];
-    });
   }
 
   // Probabilities relative to the final log-sum-exp, negative where dropped: a second pass over the keys.

@@ -1,0 +1,58 @@
+// What a block of the forward leaves behind: the log-sum-exp, and the output or, for Combine, a share of it.
+#pragma once
+
+#include "schedule.cuh"
+#include "softmax.cuh"
+
+namespace flash_attn {
+
+// Rows of a packed tensor that are no sequence's, as rows that see no key.
+template <class T, class A, int BLOCK_M>
+FA_DEVICE void clear_rows_of_no_sequence(const ForwardParams& p, const ForwardWork<BLOCK_M>& work) {
+  using Scalar = AccumOf<T>;
+  const Scalar* sink = static_cast<const Scalar*>(p.sink);
+  clear_spare_rows<A>(p, p.cu_seqlens_q, p.total_q, work.batch, work.query_begin / BLOCK_M,
+                      ceil_div(p.seqlen_q, BLOCK_M), [&](int64_t row, int col) {
+                        head_rows<T>(p.out, 0, work.head, row)[col] = T{};
+                        *head_rows<Scalar>(p.lse, 0, work.head, row) = sink ? sink[work.head] : infinity<Scalar>();
+                      });
+}
+
+// Writes the log-sum-exp of the block's first `rows` rows, keeps it in softmax.sum, and scales the output by the rows'
+// sums and `factor`.
+template <class Scalar, class Rows, class Output, int BLOCK_M>
+FA_DEVICE void normalise(const ForwardParams& p, const ForwardWork<BLOCK_M>& work, const Sequence& seq, int rows,
+                         Scalar factor, OnlineSoftmax<Scalar, Rows>& softmax, Output& output) {
+  const Scalar* sink = p.sink == nullptr ? nullptr : static_cast<const Scalar*>(p.sink) + work.head;
+  Scalar* lse = head_rows<Scalar>(p.lse, work.batch, work.head, seq.first_q + work.query_begin);
+  Rows scale;
+  Rows::for_each([&](int slot, int row, bool owner) {
+    const RowResult<Scalar> result(softmax.max[slot], softmax.sum[slot], sink);
+    scale[slot] = result.scale * factor;
+    softmax.sum[slot] = result.lse;
+    if (owner && row < rows) lse[row] = result.lse;
+  });
+  Output::for_each([&](int slot, int, int, int reg) { output[reg] *= scale[slot]; });
+}
+
+// The block's chunk, not normalised, for Combine.
+template <class Scalar, class Rows, class Output, int BLOCK_M>
+FA_DEVICE void write_partial(const ForwardParams& p, const ForwardWork<BLOCK_M>& work, int rows,
+                             OnlineSoftmax<Scalar, Rows>& softmax, Output& output) {
+  const int64_t first =
+      ((int64_t(work.split) * p.batch + work.batch) * p.heads_q + work.head) * p.seqlen_q + work.query_begin;
+  Scalar* max = static_cast<Scalar*>(p.partial_max) + first;
+  Scalar* sum = static_cast<Scalar*>(p.partial_sum) + first;
+  Scalar* out = static_cast<Scalar*>(p.partial_out) + first * p.head_dim;
+  Rows::for_each([&](int slot, int row, bool owner) {
+    if (owner && row < rows) {
+      max[row] = softmax.max[slot];
+      sum[row] = softmax.sum[slot];
+    }
+  });
+  Output::for_each([&](int, int row, int col, int reg) {
+    if (row < rows && col < p.head_dim) out[int64_t(row) * p.head_dim + col] = output[reg];
+  });
+}
+
+}  // namespace flash_attn

@@ -1,0 +1,28 @@
+// Arch for Hopper: main loops of its own where they cover a problem, sm80's everywhere else.
+#pragma once
+
+#include "../kernels/forward.cuh"
+#include "../sm80/arch.cuh"
+#include "forward.cuh"
+#include "tuning.cuh"
+
+namespace flash_attn {
+namespace sm90 {
+
+struct Mma : Sm80 {
+  template <Kernel KERNEL, class T, int D, bool MODIFIED>
+  using Tuning = sm90::Tuning<KERNEL, T, D, MODIFIED>;
+};
+
+template <class T, int D>
+constexpr bool kCoversForward = sizeof(T) == 2 && ForwardTuning<D>::kCovered;
+
+}  // namespace sm90
+
+struct Sm90 : sm90::Mma {};
+
+template <class T, int D>
+struct Forward<Sm90, Problem<T, D, false>>
+    : std::conditional_t<sm90::kCoversForward<T, D>, sm90::Forward<T, D>, Forward<sm90::Mma, Problem<T, D, false>>> {};
+
+}  // namespace flash_attn

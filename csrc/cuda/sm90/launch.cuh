@@ -1,0 +1,78 @@
+// Launching a kernel that reads tensors through the copy engine: the host's part.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "../../core/registry.h"
+
+namespace flash_attn {
+namespace sm90 {
+
+inline void check(cudaError_t status, const char* doing) {
+  if (status != cudaSuccess) throw std::runtime_error(std::string(doing) + ": " + cudaGetErrorString(status));
+}
+
+// From the driver that is loaded, so that nothing links against it.
+inline auto tensor_map_encoder() {
+  static const auto encoder = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found),
+          "looking up cuTensorMapEncodeTiled");
+    if (function == nullptr) throw std::runtime_error("the driver has no cuTensorMapEncodeTiled (update it)");
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+  }();
+  return encoder;
+}
+
+// Boxes of `box_rows` rows and one 128-byte panel of columns of t [batch, rows, heads, head_dim], 16-bit elements;
+// what lies outside reads as zero.
+inline CUtensorMap tensor_map(const TensorRef& t, DType dtype, int batch, int rows, int heads, int head_dim,
+                              int box_rows) {
+  const cuuint64_t sizes[4] = {cuuint64_t(head_dim), cuuint64_t(rows), cuuint64_t(heads), cuuint64_t(batch)};
+  const auto bytes = [](int64_t stride, int size) { return size > 1 ? cuuint64_t(stride) * 2 : cuuint64_t(16); };
+  const cuuint64_t strides[3] = {bytes(t.row_stride, rows), bytes(t.head_stride, heads), bytes(t.batch_stride, batch)};
+  const cuuint32_t box[4] = {64, cuuint32_t(box_rows), 1, 1}, steps[4] = {1, 1, 1, 1};
+  CUtensorMap map;
+  const CUresult result = tensor_map_encoder()(
+      &map, dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4, t.data,
+      sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS) {
+    throw std::runtime_error("describing a tensor to the copy engine failed (error " + std::to_string(int(result)) +
+                             ")");
+  }
+  return map;
+}
+
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  check(cudaGetDevice(&device), "reading the device");
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "reading a device attribute");
+  return count;
+}
+
+template <class K>
+__global__ void __launch_bounds__(K::kThreads, 1) run_persistent(const __grid_constant__ typename K::Launched p) {
+  extern __shared__ __align__(1024) char shared[];
+  K(p, shared).run();
+}
+
+// One thread block a multiprocessor, each taking every so many-th of the kernel's blocks.
+template <class K>
+void launch_persistent(const void* params, int64_t blocks, int shared_bytes, void* stream) {
+  typename K::Launched launched(*static_cast<const typename K::Params*>(params));
+  void* arguments[] = {&launched};
+  check(cudaLaunchKernel(reinterpret_cast<const void*>(&run_persistent<K>),
+                         dim3(unsigned(std::min<int64_t>(blocks, multiprocessors()))), dim3(K::kThreads), arguments,
+                         size_t(shared_bytes), static_cast<cudaStream_t>(stream)),
+        "launching a kernel");
+}
+
+}  // namespace sm90
+}  // namespace flash_attn

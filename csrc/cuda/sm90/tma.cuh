@@ -1,0 +1,76 @@
+// The copy engine and the barriers in shared memory that its copies complete on. PTX ISA, "Asynchronous copy",
+// "mbarrier".
+#pragma once
+
+#include <cuda.h>
+
+#include "../compat.cuh"
+
+namespace flash_attn {
+namespace sm90 {
+
+FA_DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+
+// A barrier whose phases alternate: wait(phase) returns once phase number `phase` (0, 1, 0, ...) has completed.
+class Barrier {
+ public:
+  FA_DEVICE void init(int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&state_)), "r"(arrivals) : "memory");
+  }
+  FA_DEVICE void arrive() {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&state_)) : "memory");
+  }
+  FA_DEVICE void arrive_expecting(int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&state_)), "r"(bytes)
+                 : "memory");
+  }
+  FA_DEVICE void wait(uint32_t phase) {
+    asm volatile(
+        "{\n.reg .pred done;\nagain:\n mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n @done bra.uni "
+        "finished;\n bra.uni again;\nfinished:\n}" ::"r"(shared_address(&state_)),
+        "r"(phase)
+        : "memory");
+  }
+
+ private:
+  uint64_t state_;
+};
+
+FA_DEVICE void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+// Makes this thread's ordinary accesses to shared memory visible to the copy engine and the tensor cores.
+FA_DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+FA_DEVICE void prefetch(const CUtensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+// A box of [batch, head, row, column] to shared memory; counts its bytes on `barrier`.
+FA_DEVICE void load_box(uint32_t dst, const CUtensorMap& map, Barrier& barrier, int column, int row, int head,
+                        int batch) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+      "[%2];" ::"r"(dst),
+      "l"(&map), "r"(shared_address(&barrier)), "r"(column), "r"(row), "r"(head), "r"(batch)
+      : "memory");
+}
+
+// Named barriers of a thread block: `threads` sync or arrive, those that sync wait.
+FA_DEVICE void sync_named(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+FA_DEVICE void arrive_named(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Moves registers between warpgroups: all warps of a warpgroup together.
+template <int REGISTERS>
+FA_DEVICE void keep_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+template <int REGISTERS>
+FA_DEVICE void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
+}  // namespace sm90
+}  // namespace flash_attn
