@@ -122,7 +122,9 @@ struct Operand {
   static constexpr int kTilesM = M / WARPS / 16, kSteps = K / 16;
   uint32_t value[kTilesM][kSteps][4];
 
-  explicit FA_DEVICE Operand(const Accumulator<float, M, K, WARPS, WARPS>& c) {
+  FA_DEVICE Operand() {}
+  explicit FA_DEVICE Operand(const Accumulator<float, M, K, WARPS, WARPS>& c) { narrow(c); }
+  FA_DEVICE void narrow(const Accumulator<float, M, K, WARPS, WARPS>& c) {
     FA_UNROLL
     for (int m = 0; m < kTilesM; ++m) {
       FA_UNROLL

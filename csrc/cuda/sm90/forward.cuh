@@ -177,98 +177,129 @@ struct Forward {
 
   FA_DEVICE void consume() {
     if (group() == kGroups - 1) pass_turn();
-    Place place;
+    State state;
     uint32_t tile_phase = 0;
     for_each_tile([&](const Work& work, const Sequence& seq, const Mask& mask, const VisibleKeys& keys) {
       clear_rows_of_no_sequence<T, Lanes>(p, work);
       if (work.query_begin >= seq.len_q) return;
-      Output output;
-      OnlineSoftmax<float, Rows> softmax;
-      softmax.clear();
+      state.softmax.clear();
       if (keys.begin < keys.end) {
-        attend(work, seq, mask, keys, place, tile_phase, output, softmax);
+        attend(work, seq, mask, keys, tile_phase, state);
         tile_phase ^= 1;
       } else {
-        output.fill(0);
-        softmax.finish();
+        state.output.fill(0);
+        state.softmax.finish();
       }
-      write(work, seq, output, softmax);
+      write(work, seq, state.output, state.softmax);
     });
   }
 
-  FA_DEVICE void attend(const Work& work, const Sequence& seq, const Mask& mask, const VisibleKeys& keys, Place& place,
-                        uint32_t tile_phase, Output& output, OnlineSoftmax<float, Rows>& softmax) {
-    const float scale_log2 = float(p.softmax_scale) * float(kLog2E);
+  // What a warpgroup carries along a tile's keys.
+  struct State {
+    Output output;
+    OnlineSoftmax<float, Rows> softmax;
+    Probabilities probabilities;  // of the last block, not multiplied yet
+    Place place;                  // of the last block
+  };
+
+  FA_DEVICE void attend(const Work& work, const Sequence& seq, const Mask& mask, const VisibleKeys& keys,
+                        uint32_t tile_phase, State& state) {
     const bool folds = p.split_size > 0 && p.num_splits == 1 &&
                        keys.begin / p.split_size != (keys.end - 1) / p.split_size;
     // Keys behind a sequence's last may be another's: their values must not reach the multiply, where 0 * NaN is NaN.
     const bool foreign = (p.cu_seqlens_q != nullptr || p.seqused_k != nullptr) && seq.len_k % kN != 0;
-    output.fill(0);
+    state.output.fill(0);
     if (folds) clear_stash();
-    Rows rescale;
-    Scores scores;
-
     barriers.q_full.wait(tile_phase);
-    barriers.k_full[place.stage].wait(place.phase);
-    await_turn();
-    multiply_scores(scores, place.stage);
-    pass_turn();
-    wgmma_wait<0>();
-    hold(scores.value);
-    if (first_lane()) barriers.k_free[place.stage].arrive();
-    hide(mask, work, keys.begin, scores);
-    softmax.raise_max(scores, scale_log2, rescale);
-    softmax.exponentiate(scores, scale_log2);
-    Probabilities probabilities(scores);
+    begin(work, mask, keys.begin, state);
 
     int chunk_end = folds ? (keys.begin / p.split_size + 1) * p.split_size : keys.end;
     for (int key = keys.begin + kN; key < keys.end; key += kN) {
-      const Place last = place;
-      place.step();
-      barriers.k_full[place.stage].wait(place.phase);
-      await_turn();
-      multiply_scores(scores, place.stage);
-      barriers.v_full[last.stage].wait(last.phase);
-      multiply_values(output, probabilities, last.stage);
-      pass_turn();
-      wgmma_wait<1>();
-      hold(scores.value);
-      if (first_lane()) barriers.k_free[place.stage].arrive();
-      hide(mask, work, key, scores);
-      if (key == chunk_end) {  // the next chunk starts from scratch
-        wgmma_wait<0>();
-        hold(output.value);
-        fold(output, softmax);
-        softmax.raise_max(scores, scale_log2, rescale);
-        softmax.exponentiate(scores, scale_log2);
+      if (key == chunk_end) {
+        step<true, true>(work, mask, key, state);
         chunk_end += p.split_size;
+      } else if (!mask.all_visible(work.query_begin, work.query_begin + kM, key, key + kN)) {
+        step<true, false>(work, mask, key, state);
       } else {
-        softmax.raise_max(scores, scale_log2, rescale);
-        softmax.exponentiate(scores, scale_log2);
-        wgmma_wait<0>();
-        hold(output.value);
-        softmax.apply(rescale, output);
+        step<false, false>(work, mask, key, state);
       }
-      if (first_lane()) barriers.v_free[last.stage].arrive();
-      probabilities = Probabilities(scores);
     }
     if (first_lane()) barriers.q_free.arrive();
 
-    barriers.v_full[place.stage].wait(place.phase);
-    if (foreign && seq.len_k <= (keys.end + kN - 1) / kN * kN) clear_values(place.stage, seq.len_k % kN);
+    const int stage = state.place.stage;
+    barriers.v_full[stage].wait(state.place.phase);
+    if (foreign && seq.len_k <= (keys.end + kN - 1) / kN * kN) clear_values(stage, seq.len_k % kN);
     await_turn();
-    multiply_values(output, probabilities, place.stage);
+    multiply_values(state.output, state.probabilities, stage);
     pass_turn();
     wgmma_wait<0>();
-    hold(output.value);
-    if (first_lane()) barriers.v_free[place.stage].arrive();
-    place.step();
+    hold(state.output.value);
+    if (first_lane()) barriers.v_free[stage].arrive();
+    state.place.step();
     if (folds) {
-      fold(output, softmax);
-      take_stash(output, softmax);
+      fold(state.output, state.softmax);
+      take_stash(state.output, state.softmax);
     } else {
-      softmax.finish();
+      state.softmax.finish();
     }
+  }
+
+  FA_DEVICE float scale_log2() const { return float(p.softmax_scale) * float(kLog2E); }
+
+  // The first block of keys.
+  FA_DEVICE void begin(const Work& work, const Mask& mask, int key, State& state) {
+    Scores scores;
+    Rows rescale;
+    barriers.k_full[state.place.stage].wait(state.place.phase);
+    await_turn();
+    multiply_scores(scores, state.place.stage);
+    pass_turn();
+    wgmma_wait<0>();
+    hold(scores.value);
+    if (first_lane()) barriers.k_free[state.place.stage].arrive();
+    hide(mask, work, key, scores);
+    state.softmax.raise_max(scores, scale_log2(), rescale);
+    state.softmax.exponentiate(scores, scale_log2());
+    state.probabilities.narrow(scores);
+  }
+
+  // The next block's scores, while the last block's values are multiplied. No branches between issuing multiplies and
+  // waiting for them: the compiler waits early where there are.
+  template <bool MASKED, bool NEW_CHUNK>
+  FA_DEVICE void step(const Work& work, const Mask& mask, int key, State& state) {
+    Scores scores;
+    Rows rescale;
+    const Place last = state.place;
+    state.place.step();
+    const int stage = state.place.stage;
+    barriers.k_full[stage].wait(state.place.phase);
+    await_turn();
+    multiply_scores(scores, stage);
+    barriers.v_full[last.stage].wait(last.phase);
+    multiply_values(state.output, state.probabilities, last.stage);
+    pass_turn();
+    wgmma_wait<1>();
+    hold(scores.value);
+    if (first_lane()) barriers.k_free[stage].arrive();
+    if (MASKED) hide(mask, work, key, scores);
+    if (NEW_CHUNK) {
+      wgmma_wait<0>();
+      hold(state.output.value);
+      fold(state.output, state.softmax);
+    }
+    state.softmax.raise_max(scores, scale_log2(), rescale);
+    state.softmax.exponentiate(scores, scale_log2());
+    // The compiler would wait for the multiply before all this. It does not move a wait across a branch, nor know that
+    // sums are never negative: so this branch, on a barrier that is open, comes after them and before the wait.
+    const bool never = state.softmax.sum[0] == -1.0f || state.softmax.sum[1] == -1.0f;
+    barriers.k_full[stage].wait(state.place.phase ^ uint32_t(never));
+    if (!NEW_CHUNK) {
+      wgmma_wait<0>();
+      hold(state.output.value);
+      state.softmax.apply(rescale, state.output);
+    }
+    if (first_lane()) barriers.v_free[last.stage].arrive();
+    state.probabilities.narrow(scores);
   }
 
   // scores = Q K^T
@@ -299,10 +330,7 @@ struct Forward {
   }
 
   FA_DEVICE void hide(const Mask& mask, const Work& work, int key, Scores& scores) {
-    const int query = work.query_begin + group() * 64;
-    if (!mask.all_visible(query, query + 64, key, key + kN)) {
-      for_each_hidden<Scores, IntRows>(mask, work.query_begin, key, [&](int reg) { scores[reg] = -infinity<float>(); });
-    }
+    for_each_hidden<Scores, IntRows>(mask, work.query_begin, key, [&](int reg) { scores[reg] = -infinity<float>(); });
   }
 
   // Zeros in a block of values, from row `begin` on. Every warpgroup clears for itself, before it multiplies.
