@@ -122,7 +122,7 @@ template <int BLOCK_M>
 struct ForwardWork {
   int query_begin, split, head, batch;
 
-  static int64_t blocks(const ForwardParams& p) {
+  static FA_HOST_DEVICE int64_t blocks(const ForwardParams& p) {
     return int64_t(ceil_div(p.seqlen_q, BLOCK_M)) * p.num_splits * p.heads_q * p.batch;
   }
 

@@ -1,6 +1,6 @@
-// The forward on Hopper (FlashAttention-3, arXiv 2407.08608): a warp keeps the copy engine busy, and warpgroups of 64
-// query rows each take turns on the tensor cores, so that one's softmax runs under the other's multiplies; within a
-// warpgroup the next block's Q K^T is issued before this block's P V. Thread blocks are persistent: the next tile's
+// The forward on Hopper (FlashAttention-3, arXiv 2407.08608): a warp keeps the copy engine busy, and two or three
+// warpgroups of 64 query rows each compute. A warpgroup issues the next block's Q K^T before this block's P V, and its
+// softmax runs under its own multiplies and the others'. Thread blocks are persistent: the next tile's
 // loads run under the last one's epilogue. The arithmetic, and so every bit, is that of kernels/forward.cuh.
 #pragma once
 
@@ -42,7 +42,9 @@ struct Forward {
   struct Barriers {
     Barrier q_full, q_free, k_full[kStages], k_free[kStages], v_full[kStages], v_free[kStages];
   };
-  static constexpr int kSharedBytes = kTileBytes + int(sizeof(Barriers) + 127) / 128 * 128 + kOutBytes;
+  static constexpr int kBarrierBytes = 128, kMessageBytes = 128;
+  static constexpr int kSharedBytes = kTileBytes + kBarrierBytes + 2 * kMessageBytes + kOutBytes;
+  static_assert(sizeof(Barriers) <= kBarrierBytes);
   // The stash of a row with several chunks overlays the room for rows.
   static constexpr int kStashBytes = kStash + kStashRows - kOutBytes;
 
@@ -103,16 +105,25 @@ struct Forward {
     }
   }
 
-  // Calls f(work, seq, mask, keys) for each of this thread block's tiles that has rows.
-  template <class F>
-  FA_DEVICE void for_each_tile(F&& f) {
-    const uint32_t tiles = uint32_t(ceil_div(p.seqlen_q, kM)) * p.num_splits * p.heads_q * p.batch;
-    for (uint32_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-      const Work work(p, tile);
-      const Sequence seq(p, work.batch);
-      const Mask mask(p, seq);
-      f(work, seq, mask, VisibleKeys(p, work, mask, kN));
+  // What is to be done next. The producer works it out, ahead of those who compute.
+  struct Tile {
+    Work work;
+    Sequence seq;
+    VisibleKeys keys;
+
+    FA_DEVICE Tile(const ForwardParams& p, uint32_t tile)
+        : work(p, tile), seq(p, work.batch), keys(p, work, Mask(p, seq), kN) {}
+    FA_DEVICE bool has_rows() const { return work.query_begin < seq.len_q; }
+    FA_DEVICE bool has_keys() const { return has_rows() && keys.begin < keys.end; }
+    // Rows behind the last sequence fall to its tiles, those without rows of their own included.
+    FA_DEVICE bool clears(const ForwardParams& p) const {
+      return p.cu_seqlens_q != nullptr && work.batch == p.batch - 1;
     }
+    FA_DEVICE bool is_last() const { return work.query_begin < 0; }
+  };
+  // In two places in turn: q_free says that nobody reads the one before last any more.
+  FA_DEVICE Tile& tile(uint32_t phase) const {
+    return *reinterpret_cast<Tile*>(shared + kTileBytes + kBarrierBytes + phase * kMessageBytes);
   }
 
   // A place in a ring of stages: which stage, and which phase of its barriers.
@@ -132,25 +143,40 @@ struct Forward {
     prefetch(launched.k);
     prefetch(launched.v);
     Place place;
-    uint32_t tile_phase = 0;
-    for_each_tile([&](const Work& work, const Sequence& seq, const Mask&, const VisibleKeys& keys) {
-      if (work.query_begin >= seq.len_q || keys.begin >= keys.end) return;
-      const int batch = p.cu_seqlens_q ? 0 : work.batch, kv_head = work.head / (p.heads_q / p.heads_kv);
-      barriers.q_free.wait(tile_phase ^ 1);
-      barriers.q_full.arrive_expecting(kQBytes);
-      for (int panel = 0; panel < kPanels; ++panel) {
-        load_box(q_address() + panel * kQPanel, launched.q, barriers.q_full, panel * 64,
-                 int(seq.first_q) + work.query_begin, work.head, batch);
-      }
-      tile_phase ^= 1;
-      for (int key = keys.begin; key < keys.end; key += kN) {
-        load_keys(launched.k, k_address(place.stage), barriers.k_full[place.stage], barriers.k_free[place.stage],
-                  place.phase, int(seq.first_k) + key, kv_head, batch);
-        load_keys(launched.v, v_address(place.stage), barriers.v_full[place.stage], barriers.v_free[place.stage],
-                  place.phase, int(seq.first_k) + key, kv_head, batch);
-        place.step();
-      }
-    });
+    uint32_t phase = 0;
+    const uint32_t tiles = uint32_t(Work::blocks(p));
+    for (uint32_t round = 0; round * gridDim.x < tiles; ++round) {
+      // Back and forth, so that no thread block gets the longest of every round.
+      const uint32_t i = round * gridDim.x + (round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
+      if (i >= tiles) continue;
+      const Tile next(p, i);
+      if (!next.has_rows() && !next.clears(p)) continue;
+      barriers.q_free.wait(phase ^ 1);
+      tile(phase) = next;
+      load(next, place);
+      phase ^= 1;
+    }
+    barriers.q_free.wait(phase ^ 1);
+    tile(phase).work.query_begin = -1;
+    barriers.q_full.arrive();
+  }
+
+  FA_DEVICE void load(const Tile& next, Place& place) {
+    if (!next.has_keys()) return barriers.q_full.arrive();
+    const int batch = p.cu_seqlens_q ? 0 : next.work.batch, kv_head = next.work.head / (p.heads_q / p.heads_kv);
+    barriers.q_full.arrive_expecting(kQBytes);
+    for (int panel = 0; panel < kPanels; ++panel) {
+      load_box(q_address() + panel * kQPanel, launched.q, barriers.q_full, panel * 64,
+               int(next.seq.first_q) + next.work.query_begin, next.work.head, batch);
+    }
+    for (int key = next.keys.begin; key < next.keys.end; key += kN) {
+      const int stage = place.stage, row = int(next.seq.first_k) + key;
+      load_keys(launched.k, k_address(stage), barriers.k_full[stage], barriers.k_free[stage], place.phase, row, kv_head,
+                batch);
+      load_keys(launched.v, v_address(stage), barriers.v_full[stage], barriers.v_free[stage], place.phase, row, kv_head,
+                batch);
+      place.step();
+    }
   }
 
   static FA_DEVICE void load_keys(const CUtensorMap& map, uint32_t dst, Barrier& full, Barrier& free, uint32_t phase,
@@ -171,27 +197,23 @@ struct Forward {
   static FA_DEVICE int group() { return int(threadIdx.x) / 128; }
   static FA_DEVICE bool first_lane() { return threadIdx.x % 32 == 0; }
 
-  // Warpgroups issue their multiplies in turns.
-  static FA_DEVICE void await_turn() { sync_named(1 + group(), 256); }
-  static FA_DEVICE void pass_turn() { arrive_named(1 + (group() + 1) % kGroups, 256); }
-
   FA_DEVICE void consume() {
-    if (group() == kGroups - 1) pass_turn();
     State state;
-    uint32_t tile_phase = 0;
-    for_each_tile([&](const Work& work, const Sequence& seq, const Mask& mask, const VisibleKeys& keys) {
-      clear_rows_of_no_sequence<T, Lanes>(p, work);
-      if (work.query_begin >= seq.len_q) return;
+    for (uint32_t phase = 0;; phase ^= 1) {
+      barriers.q_full.wait(phase);
+      const Tile& now = tile(phase);
+      if (now.is_last()) return;
+      if (now.clears(p)) clear_rows_of_no_sequence<T, Lanes>(p, now.work);
       state.softmax.clear();
-      if (keys.begin < keys.end) {
-        attend(work, seq, mask, keys, tile_phase, state);
-        tile_phase ^= 1;
+      state.output.fill(0);
+      if (now.has_keys()) {
+        attend(now.work, now.seq, Mask(p, now.seq), now.keys, state);
       } else {
-        state.output.fill(0);
+        if (first_lane()) barriers.q_free.arrive();
         state.softmax.finish();
       }
-      write(work, seq, state.output, state.softmax);
-    });
+      if (now.has_rows()) write(now.work, now.seq, state.output, state.softmax);
+    }
   }
 
   // What a warpgroup carries along a tile's keys.
@@ -203,14 +225,12 @@ struct Forward {
   };
 
   FA_DEVICE void attend(const Work& work, const Sequence& seq, const Mask& mask, const VisibleKeys& keys,
-                        uint32_t tile_phase, State& state) {
+                        State& state) {
     const bool folds = p.split_size > 0 && p.num_splits == 1 &&
                        keys.begin / p.split_size != (keys.end - 1) / p.split_size;
     // Keys behind a sequence's last may be another's: their values must not reach the multiply, where 0 * NaN is NaN.
     const bool foreign = (p.cu_seqlens_q != nullptr || p.seqused_k != nullptr) && seq.len_k % kN != 0;
-    state.output.fill(0);
     if (folds) clear_stash();
-    barriers.q_full.wait(tile_phase);
     begin(work, mask, keys.begin, state);
 
     int chunk_end = folds ? (keys.begin / p.split_size + 1) * p.split_size : keys.end;
@@ -229,9 +249,7 @@ struct Forward {
     const int stage = state.place.stage;
     barriers.v_full[stage].wait(state.place.phase);
     if (foreign && seq.len_k <= (keys.end + kN - 1) / kN * kN) clear_values(stage, seq.len_k % kN);
-    await_turn();
     multiply_values(state.output, state.probabilities, stage);
-    pass_turn();
     wgmma_wait<0>();
     hold(state.output.value);
     if (first_lane()) barriers.v_free[stage].arrive();
@@ -251,13 +269,11 @@ struct Forward {
     Scores scores;
     Rows rescale;
     barriers.k_full[state.place.stage].wait(state.place.phase);
-    await_turn();
     multiply_scores(scores, state.place.stage);
-    pass_turn();
     wgmma_wait<0>();
     hold(scores.value);
     if (first_lane()) barriers.k_free[state.place.stage].arrive();
-    hide(mask, work, key, scores);
+    if (!mask.all_visible(work.query_begin, work.query_begin + kM, key, key + kN)) hide(mask, work, key, scores);
     state.softmax.raise_max(scores, scale_log2(), rescale);
     state.softmax.exponentiate(scores, scale_log2());
     state.probabilities.narrow(scores);
@@ -273,31 +289,29 @@ struct Forward {
     state.place.step();
     const int stage = state.place.stage;
     barriers.k_full[stage].wait(state.place.phase);
-    await_turn();
     multiply_scores(scores, stage);
     barriers.v_full[last.stage].wait(last.phase);
     multiply_values(state.output, state.probabilities, last.stage);
-    pass_turn();
     wgmma_wait<1>();
     hold(scores.value);
     if (first_lane()) barriers.k_free[stage].arrive();
     if (MASKED) hide(mask, work, key, scores);
-    if (NEW_CHUNK) {
-      wgmma_wait<0>();
-      hold(state.output.value);
-      fold(state.output, state.softmax);
-    }
-    state.softmax.raise_max(scores, scale_log2(), rescale);
-    state.softmax.exponentiate(scores, scale_log2());
+    OnlineSoftmax<float, Rows> next = state.softmax;
+    if (NEW_CHUNK) next.clear();
+    next.raise_max(scores, scale_log2(), rescale);
+    next.exponentiate(scores, scale_log2());
     // The compiler would wait for the multiply before all this. It does not move a wait across a branch, nor know that
     // sums are never negative: so this branch, on a barrier that is open, comes after them and before the wait.
-    const bool never = state.softmax.sum[0] == -1.0f || state.softmax.sum[1] == -1.0f;
+    const bool never = next.sum[0] == -1.0f || next.sum[1] == -1.0f;
     barriers.k_full[stage].wait(state.place.phase ^ uint32_t(never));
-    if (!NEW_CHUNK) {
-      wgmma_wait<0>();
-      hold(state.output.value);
-      state.softmax.apply(rescale, state.output);
+    wgmma_wait<0>();
+    hold(state.output.value);
+    if (NEW_CHUNK) {
+      fold(state.output, state.softmax);
+    } else {
+      next.apply(rescale, state.output);
     }
+    state.softmax = next;
     if (first_lane()) barriers.v_free[last.stage].arrive();
     state.probabilities.narrow(scores);
   }
@@ -330,7 +344,19 @@ struct Forward {
   }
 
   FA_DEVICE void hide(const Mask& mask, const Work& work, int key, Scores& scores) {
-    for_each_hidden<Scores, IntRows>(mask, work.query_begin, key, [&](int reg) { scores[reg] = -infinity<float>(); });
+    if (mask.left >= 0) {
+      return for_each_hidden<Scores, IntRows>(mask, work.query_begin, key,
+                                              [&](int reg) { scores[reg] = -infinity<float>(); });
+    }
+    // Ends relative to a lane's first column: one comparison with a constant for each element.
+    const int lane_col = int(threadIdx.x) % 4 * 2;
+    IntRows end;
+    IntRows::for_each([&](int slot, int row, bool) {
+      end[slot] = mask.row_end(work.query_begin + row) - key - lane_col;
+    });
+    Scores::for_each([&](int slot, int, int col, int reg) {
+      if (col - lane_col >= end[slot]) scores[reg] = -infinity<float>();
+    });
   }
 
   // Zeros in a block of values, from row `begin` on. Every warpgroup clears for itself, before it multiplies.
@@ -342,7 +368,7 @@ struct Forward {
       }
     }
     fence_async_proxy();
-    sync_named(1 + kGroups + group(), 128);
+    sync_named(1 + group(), 128);
   }
 
   // The running fold of chunks: each warp has its part of the scratch memory, in which its rows are turned later.
