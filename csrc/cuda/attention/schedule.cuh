@@ -153,6 +153,39 @@ struct VisibleKeys {
   }
 };
 
+// A block of the backward: which keys of which KV head. Under determinism blocks are numbered from the last keys down.
+template <int BLOCK_N>
+struct BackwardWork {
+  int key_begin, kv_head, batch;
+
+  FA_DEVICE BackwardWork(const BackwardParams& p, uint32_t block) {
+    const int key_blocks = ceil_div(p.seqlen_k, BLOCK_N);
+    const HeadItem item(block, key_blocks, p.heads_kv, p.batch, p.head_group);
+    key_begin = (p.deterministic ? key_blocks - 1 - item.item : item.item) * BLOCK_N;
+    kv_head = item.head;
+    batch = item.batch;
+  }
+};
+
+// The query blocks that such a block visits for each of its heads.
+template <int BLOCK_M, int BLOCK_N>
+struct QueryWalk {
+  int begin, steps;  // begin: a row, a multiple of BLOCK_M
+
+  FA_DEVICE QueryWalk(const Mask& mask, int key_begin) {
+    const int key_end = min_int(key_begin + BLOCK_N, mask.len_k);
+    begin = mask.queries_begin(key_begin) / BLOCK_M * BLOCK_M;
+    steps = key_begin >= key_end ? 0 : max_int(0, ceil_div(mask.queries_end(key_end) - begin, BLOCK_M));
+  }
+  FA_DEVICE int query(int step) const { return begin + step * BLOCK_M; }
+
+  // How many blocks add to a query block's dQ before this one: those with later keys that the queries see.
+  static FA_DEVICE int blocks_before(const Mask& mask, int key_begin, int query) {
+    const int last = (mask.keys_end(min_int(query + BLOCK_M, mask.len_q)) - 1) / BLOCK_N;
+    return last - key_begin / BLOCK_N;
+  }
+};
+
 // Query blocks of a sequence inside per-head workspace that is laid out block by block. Sequences of a packed batch
 // start at floor((first_q + batch * block) / block), which leaves every one room without knowing the others' lengths.
 FA_HOST_DEVICE int64_t first_query_block(const AttentionParams& p, int batch, int64_t first_q, int block_m) {

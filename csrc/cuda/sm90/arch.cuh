@@ -1,8 +1,10 @@
 // Arch for Hopper: main loops of its own where they cover a problem, sm80's everywhere else.
 #pragma once
 
+#include "../kernels/backward.cuh"
 #include "../kernels/forward.cuh"
 #include "../sm80/arch.cuh"
+#include "backward.cuh"
 #include "forward.cuh"
 #include "tuning.cuh"
 
@@ -16,6 +18,8 @@ struct Mma : Sm80 {
 
 template <class T, int D>
 constexpr bool kCoversForward = sizeof(T) == 2 && ForwardTuning<D>::kCovered;
+template <class T, int D>
+constexpr bool kCoversBackward = sizeof(T) == 2 && BackwardTuning<D>::kCovered;
 
 }  // namespace sm90
 
@@ -24,5 +28,10 @@ struct Sm90 : sm90::Mma {};
 template <class T, int D>
 struct Forward<Sm90, Problem<T, D, false>>
     : std::conditional_t<sm90::kCoversForward<T, D>, sm90::Forward<T, D>, Forward<sm90::Mma, Problem<T, D, false>>> {};
+
+template <class T, int D>
+struct Backward<Sm90, Problem<T, D, false>>
+    : std::conditional_t<sm90::kCoversBackward<T, D>, sm90::Backward<T, D>,
+                         Backward<sm90::Mma, Problem<T, D, false>>> {};
 
 }  // namespace flash_attn

@@ -8,6 +8,7 @@
 #include "../sm80/fragment.cuh"
 #include "../tile/tile.cuh"
 #include "launch.cuh"
+#include "rows.cuh"
 #include "tma.cuh"
 #include "tuning.cuh"
 #include "wgmma.cuh"
@@ -63,9 +64,9 @@ struct Forward {
 
   static int64_t blocks(const Params& p) { return Work::blocks(p); }
   static void launch(const void* params, int64_t blocks, int shared_bytes, void* stream) {
-    launch_persistent<Forward>(params, blocks, shared_bytes, stream);
+    launch_blocks<Forward>(params, std::min<int64_t>(blocks, multiprocessors()), shared_bytes, stream);
   }
-  static const void* device() { return reinterpret_cast<const void*>(&run_persistent<Forward>); }
+  static const void* device() { return reinterpret_cast<const void*>(&run_blocks<Forward>); }
 
   const Launched& launched;
   const ForwardParams& p;
@@ -423,31 +424,10 @@ struct Forward {
     if (p.num_splits > 1) return write_partial(p, work, rows, softmax, output);
     normalise(p, work, seq, rows, 1.0f, softmax, output);
 
-    // Through shared memory, so that whole rows are written; 16-byte chunks are swizzled against bank conflicts.
-    const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, row = lane / 4;
-    char* const mine = scratch() + warp * (stash_is_there() ? 16 * D * 4 : 16 * D * 2);
-    FA_UNROLL
-    for (int n = 0; n < D / 8; ++n) {
-      const float* x = output.tile(0, n);
-      char* at = mine + row * (D * 2) + ((n ^ row) * 16) + lane % 4 * 4;
-      *reinterpret_cast<uint32_t*>(at) = sm80::pack(T{}, x[0], x[1]);
-      *reinterpret_cast<uint32_t*>(at + 8 * D * 2) = sm80::pack(T{}, x[2], x[3]);
-    }
-    __syncwarp();
-    T* out = head_rows<T>(p.out, work.batch, work.head, seq.first_q + work.query_begin + warp * 16);
-    FA_UNROLL
-    for (int i = lane; i < 16 * D / 8; i += 32) {
-      const int r = i / (D / 8), chunk = i % (D / 8);
-      if (warp * 16 + r >= rows) continue;
-      const uint4 x = *reinterpret_cast<const uint4*>(mine + r * (D * 2) + ((chunk ^ (r % 8)) * 16));
-      T* to = out + r * p.out.row_stride + chunk * 8;
-      if (chunk * 8 + 8 <= p.head_dim) {
-        *reinterpret_cast<uint4*>(to) = x;
-      } else {
-        for (int i = 0; i < 8 && chunk * 8 + i < p.head_dim; ++i) to[i] = reinterpret_cast<const T*>(&x)[i];
-      }
-    }
-    __syncwarp();  // the next tile's rows come into the same memory
+    const int row = int(threadIdx.x) / 32 * 16;
+    write_rows<T, D>(output.value, scratch() + row * D * (stash_is_there() ? 4 : 2), 16 * 128,
+                     head_rows<T>(p.out, work.batch, work.head, seq.first_q + work.query_begin + row),
+                     p.out.row_stride, rows - row, p.head_dim);
   }
 };
 

@@ -58,19 +58,17 @@ inline int multiprocessors() {
 }
 
 template <class K>
-__global__ void __launch_bounds__(K::kThreads, 1) run_persistent(const __grid_constant__ typename K::Launched p) {
+__global__ void __launch_bounds__(K::kThreads, 1) run_blocks(const __grid_constant__ typename K::Launched p) {
   extern __shared__ __align__(1024) char shared[];
   K(p, shared).run();
 }
 
-// One thread block a multiprocessor, each taking every so many-th of the kernel's blocks.
 template <class K>
-void launch_persistent(const void* params, int64_t blocks, int shared_bytes, void* stream) {
+void launch_blocks(const void* params, int64_t blocks, int shared_bytes, void* stream) {
   typename K::Launched launched(*static_cast<const typename K::Params*>(params));
   void* arguments[] = {&launched};
-  check(cudaLaunchKernel(reinterpret_cast<const void*>(&run_persistent<K>),
-                         dim3(unsigned(std::min<int64_t>(blocks, multiprocessors()))), dim3(K::kThreads), arguments,
-                         size_t(shared_bytes), static_cast<cudaStream_t>(stream)),
+  check(cudaLaunchKernel(reinterpret_cast<const void*>(&run_blocks<K>), dim3(unsigned(blocks)), dim3(K::kThreads),
+                         arguments, size_t(shared_bytes), static_cast<cudaStream_t>(stream)),
         "launching a kernel");
 }
 

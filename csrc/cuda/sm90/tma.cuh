@@ -54,6 +54,23 @@ FA_DEVICE void load_box(uint32_t dst, const CUtensorMap& map, Barrier& barrier, 
       : "memory");
 }
 
+// dst[i] += src[i] in device memory, `bytes` of floats in shared memory, each element atomically.
+FA_DEVICE void reduce_add(float* dst, uint32_t src, int bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(dst), "r"(src),
+               "r"(bytes)
+               : "memory");
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+// Waits until this thread's additions have read their source, or else have landed.
+template <bool READ>
+FA_DEVICE void wait_reduced() {
+  if (READ) {
+    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+  } else {
+    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+  }
+}
+
 // Named barriers of a thread block: `threads` sync or arrive, those that sync wait.
 FA_DEVICE void sync_named(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");

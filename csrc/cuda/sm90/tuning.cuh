@@ -25,13 +25,36 @@ struct ForwardTuning<128> {
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 };
 
-// sm80's main loops on Hopper: its tuning, but for key blocks that must be as above.
+template <int D>
+struct BackwardTuning {
+  static constexpr bool kCovered = false;
+};
+template <>
+struct BackwardTuning<64> {
+  static constexpr bool kCovered = true;
+  static constexpr int kBlockM = 128, kWarpsQ = 8;  // kWarpsQ: warps along the queries of dQ
+};
+template <>
+struct BackwardTuning<128> {
+  static constexpr bool kCovered = true;
+  static constexpr int kBlockM = 64, kWarpsQ = 4;
+};
+
+// sm80's main loops on Hopper: its tuning, but for the forward's key block and the fragments of dQ, as above.
 template <Kernel KERNEL, class T, int D, bool MODIFIED>
 struct Tuning : sm80::Tuning<KERNEL, T, D, MODIFIED> {};
 template <bool MODIFIED>
 struct Tuning<Kernel::kForward, Half, 128, MODIFIED> : sm80::ForwardTuning<128, 128, 8, 1> {};
 template <bool MODIFIED>
 struct Tuning<Kernel::kForward, BFloat16, 128, MODIFIED> : sm80::ForwardTuning<128, 128, 8, 1> {};
+template <bool MODIFIED>
+struct Tuning<Kernel::kBackward, Half, 64, MODIFIED> : sm80::BackwardTuning<128, 128, 8, 4, 4, 8, 2> {};
+template <bool MODIFIED>
+struct Tuning<Kernel::kBackward, BFloat16, 64, MODIFIED> : sm80::BackwardTuning<128, 128, 8, 4, 4, 8, 2> {};
+template <bool MODIFIED>
+struct Tuning<Kernel::kBackward, Half, 128, MODIFIED> : sm80::BackwardTuning<64, 128, 8, 2, 4, 4, 2> {};
+template <bool MODIFIED>
+struct Tuning<Kernel::kBackward, BFloat16, 128, MODIFIED> : sm80::BackwardTuning<64, 128, 8, 2, 4, 4, 2> {};
 
 }  // namespace sm90
 }  // namespace flash_attn

@@ -1,0 +1,391 @@
+// The backward on Hopper, kernels/backward.cuh with roles for warps (FlashAttention-3, arXiv 2407.08608): one loads,
+// one adds dQ to device memory, waiting for its turn where the order is fixed, and two warpgroups of 64 keys each
+// compute. They work on transposed scores, S^T = K Q^T: P^T and dS^T are then left factors in registers, and only dS^T
+// goes through shared memory, for dQ = dS K.
+#pragma once
+
+#include "../attention/schedule.cuh"
+#include "../sm80/arch.cuh"
+#include "../tile/tile.cuh"
+#include "launch.cuh"
+#include "rows.cuh"
+#include "tma.cuh"
+#include "tuning.cuh"
+#include "wgmma.cuh"
+
+namespace flash_attn {
+namespace sm90 {
+
+template <class T_, int D>
+struct Backward {
+  using T = T_;
+  using Scalar = float;
+  using Params = BackwardParams;
+  using Tuning = BackwardTuning<D>;
+  static constexpr int kD = D, kM = Tuning::kBlockM, kN = 128, kStages = 2;
+  static constexpr int kBlockM = kM, kBlockN = kN;
+  static constexpr int kGroups = 2, kWarps = 8, kComputing = 256, kThreads = 384;
+
+  using A = Sm80::Block<kWarps>;
+  using Scores = sm80::Accumulator<float, kN, kM, kWarps, kWarps>;  // [keys, queries]
+  using Factor = sm80::Operand<T, kN, kM, kWarps>;
+  using KeyGradient = sm80::Accumulator<float, kN, D, kWarps, kWarps>;
+  using QueryGradient = sm80::Accumulator<float, kM, D, Tuning::kWarpsQ, kWarps>;
+  static constexpr int kQueryGradientCols = QueryGradient::kWarpCols;
+  using IntRows = sm80::Rows<int, kN, kWarps>;
+
+  static constexpr int kPanels = D / 64;
+  static constexpr int kKBytes = kN * D * 2, kKPanel = kN * 128;
+  static constexpr int kQBytes = kM * D * 2, kQPanel = kM * 128;
+  static constexpr int kDsBytes = kM * kN * 2, kDqBytes = kM * D * 4, kRowsBytes = 2 * kM * 4;
+  static constexpr int kQAt = 2 * kKBytes, kDsAt = kQAt + kStages * 2 * kQBytes, kDqAt = kDsAt + 2 * kDsBytes;
+  static constexpr int kRowsAt = kDqAt + kDqBytes, kBarriersAt = kRowsAt + kStages * kRowsBytes;
+
+  struct Barriers {
+    Barrier keys_full, full[kStages], free[kStages], dq_full, dq_free;
+  };
+  static constexpr int kSharedBytes = kBarriersAt + 128, kStashBytes = 0;
+
+  struct Launched {
+    BackwardParams p;
+    CUtensorMap q, k, v, dout;
+
+    explicit Launched(const BackwardParams& p)
+        : p(p), q(queries(p, p.q)), k(keys(p, p.k)), v(keys(p, p.v)), dout(queries(p, p.dout)) {}
+    static CUtensorMap queries(const BackwardParams& p, const TensorRef& t) {
+      return p.cu_seqlens_q ? tensor_map(t, p.dtype, 1, p.total_q, p.heads_q, p.head_dim, kM)
+                            : tensor_map(t, p.dtype, p.batch, p.seqlen_q, p.heads_q, p.head_dim, kM);
+    }
+    static CUtensorMap keys(const BackwardParams& p, const TensorRef& t) {
+      return p.cu_seqlens_q ? tensor_map(t, p.dtype, 1, p.total_k, p.heads_kv, p.head_dim, kN)
+                            : tensor_map(t, p.dtype, p.batch, p.seqlen_k, p.heads_kv, p.head_dim, kN);
+    }
+  };
+
+  static FA_HOST_DEVICE int64_t blocks(const Params& p) {
+    return int64_t(ceil_div(p.seqlen_k, kN)) * p.heads_kv * p.batch;
+  }
+  static void launch(const void* params, int64_t blocks, int shared_bytes, void* stream) {
+    launch_blocks<Backward>(params, blocks, shared_bytes, stream);
+  }
+  static const void* device() { return reinterpret_cast<const void*>(&run_blocks<Backward>); }
+
+  const Launched& launched;
+  const BackwardParams& p;
+  const BackwardWork<kN> work;
+  const Sequence seq;
+  const Mask mask;
+  const int group;  // query heads per KV head
+  const QueryWalk<kM, kN> walk;
+  char* const shared;
+  Barriers& barriers;
+
+  FA_DEVICE Backward(const Launched& launched, char* shared)
+      : launched(launched),
+        p(launched.p),
+        work(p, blockIdx.x),
+        seq(p, work.batch),
+        mask(p, seq),
+        group(p.heads_q / p.heads_kv),
+        walk(mask, work.key_begin),
+        shared(shared),
+        barriers(*reinterpret_cast<Barriers*>(shared + kBarriersAt)) {}
+
+  FA_DEVICE uint32_t k_address() const { return shared_address(shared); }
+  FA_DEVICE uint32_t v_address() const { return k_address() + kKBytes; }
+  FA_DEVICE uint32_t q_address(int stage) const { return k_address() + kQAt + stage * 2 * kQBytes; }
+  FA_DEVICE uint32_t do_address(int stage) const { return q_address(stage) + kQBytes; }
+  FA_DEVICE uint32_t ds_address(int buffer) const { return k_address() + kDsAt + buffer * kDsBytes; }
+  FA_DEVICE float* negated_lse(int stage) const {
+    return reinterpret_cast<float*>(shared + kRowsAt + stage * kRowsBytes);
+  }
+  FA_DEVICE float* delta(int stage) const { return negated_lse(stage) + kM; }
+
+  FA_DEVICE void run() {
+    if (threadIdx.x == 0) {
+      barriers.keys_full.init(1);
+      for (int stage = 0; stage < kStages; ++stage) {
+        barriers.full[stage].init(1);
+        barriers.free[stage].init(kWarps);
+      }
+      barriers.dq_full.init(kWarps);
+      barriers.dq_free.init(1);
+      fence_barrier_init();
+    }
+    __syncthreads();
+    const int steps = group * walk.steps;
+    if (threadIdx.x >= kComputing) {
+      keep_registers<24>();
+      const int warp = (int(threadIdx.x) - kComputing) / 32;
+      if (warp == 0) load(steps);
+      if (warp == 1 && threadIdx.x % 32 == 0) add_up(steps);
+    } else {
+      take_registers<240>();
+      clear_spare_rows<A>(p, p.cu_seqlens_k, p.total_k, work.batch, work.key_begin / kN, ceil_div(p.seqlen_k, kN),
+                          [&](int64_t row, int col) {
+                            head_rows<T>(p.dk, 0, work.kv_head, row)[col] = T{};
+                            head_rows<T>(p.dv, 0, work.kv_head, row)[col] = T{};
+                          });
+      if (work.key_begin < seq.stored_k) compute(steps);
+    }
+  }
+
+  // The position in the walk: heads of the group in turn, each over its visible query blocks.
+  struct Step {
+    int head, index, stage = 0;
+    uint32_t phase = 0;
+    FA_DEVICE Step(int head) : head(head), index(0) {}
+    FA_DEVICE void next(int steps) {
+      if (++index == steps) {
+        index = 0;
+        ++head;
+      }
+      stage ^= 1;
+      if (stage == 0) phase ^= 1;
+    }
+  };
+  static_assert(kStages == 2);
+
+  FA_DEVICE void load(int steps) {
+    if (steps == 0) return;
+    const int lane = int(threadIdx.x) % 32, batch = p.cu_seqlens_q ? 0 : work.batch;
+    if (lane == 0) {
+      prefetch(launched.q);
+      prefetch(launched.dout);
+      barriers.keys_full.arrive_expecting(2 * kKBytes);
+      for (int panel = 0; panel < kPanels; ++panel) {
+        const int row = int(seq.first_k) + work.key_begin;
+        load_box(k_address() + panel * kKPanel, launched.k, barriers.keys_full, panel * 64, row, work.kv_head, batch);
+        load_box(v_address() + panel * kKPanel, launched.v, barriers.keys_full, panel * 64, row, work.kv_head, batch);
+      }
+    }
+    Step step(work.kv_head * group);
+    for (int left = steps; left > 0; --left, step.next(walk.steps)) {
+      const int query = walk.query(step.index), rows = seq.len_q - query;
+      Barrier& full = barriers.full[step.stage];
+      const float* lse = head_rows<const float>(p.lse, work.batch, step.head, seq.first_q + query);
+      const float* deltas = head_rows<const float>(p.delta, work.batch, step.head, seq.first_q + query);
+      float lse_values[kM / 32], delta_values[kM / 32];
+      FA_UNROLL
+      for (int i = 0; i < kM / 32; ++i) {
+        const bool inside = i * 32 + lane < rows;
+        lse_values[i] = inside ? lse[i * 32 + lane] : infinity<float>();
+        delta_values[i] = inside ? deltas[i * 32 + lane] : 0.0f;
+      }
+      barriers.free[step.stage].wait(step.phase ^ 1);
+      if (lane == 0) {
+        for (int panel = 0; panel < kPanels; ++panel) {
+          const int row = int(seq.first_q) + query;
+          load_box(q_address(step.stage) + panel * kQPanel, launched.q, full, panel * 64, row, step.head, batch);
+          load_box(do_address(step.stage) + panel * kQPanel, launched.dout, full, panel * 64, row, step.head, batch);
+        }
+      }
+      FA_UNROLL
+      for (int i = 0; i < kM / 32; ++i) {
+        negated_lse(step.stage)[i * 32 + lane] = lse_values[i] * -float(kLog2E);
+        delta(step.stage)[i * 32 + lane] = delta_values[i];
+      }
+      __syncwarp();
+      if (lane == 0) full.arrive_expecting(2 * kQBytes);
+    }
+  }
+
+  // Adds each step's dQ to device memory: in any order, or when it is this thread block's turn.
+  FA_DEVICE void add_up(int steps) {
+    Step step(work.kv_head * group);
+    for (int i = 0; i < steps; ++i, step.next(walk.steps)) {
+      const int query = walk.query(step.index);
+      const int64_t block = step.head * query_blocks(p, kM) + first_query_block(p, work.batch, seq.first_q, kM) +
+                            query / kM;
+      barriers.dq_full.wait(i % 2);
+      if (p.deterministic) {
+        const int before = walk.blocks_before(mask, work.key_begin, query);
+        while (sm80::load_acquire(p.dq_turn + block) != before) {
+        }
+      }
+      reduce_add(static_cast<float*>(p.dq_accum) + block * (kM * D), k_address() + kDqAt, kDqBytes);
+      wait_reduced<true>();
+      barriers.dq_free.arrive();
+      if (p.deterministic) {
+        wait_reduced<false>();
+        sm80::add_release(p.dq_turn + block, 1);
+      }
+    }
+    wait_reduced<false>();
+  }
+
+  static FA_DEVICE int warpgroup() { return int(threadIdx.x) / 128; }
+  static FA_DEVICE bool first_lane() { return threadIdx.x % 32 == 0; }
+
+  FA_DEVICE void compute(int steps) {
+    KeyGradient dk, dv;
+    dk.fill(0);
+    dv.fill(0);
+    if (steps > 0) {
+      // Rows behind a sequence's last may be another's, or hold anything: 0 * NaN is NaN.
+      const bool foreign = p.cu_seqlens_q != nullptr || p.seqused_k != nullptr;
+      barriers.keys_full.wait(0);
+      if (foreign && seq.len_k - work.key_begin < kN) clear_rows(0, kKPanel, seq.len_k - work.key_begin);
+      Step step(work.kv_head * group);
+      for (int i = 0; i < steps; ++i, step.next(walk.steps)) {
+        const int query = walk.query(step.index);
+        barriers.full[step.stage].wait(step.phase);
+        if (foreign && seq.len_q - query < kM) {
+          clear_rows(kQAt + step.stage * 2 * kQBytes, kQPanel, seq.len_q - query);
+          clear_rows(kQAt + step.stage * 2 * kQBytes + kQBytes, kQPanel, seq.len_q - query);
+        }
+        if (mask.all_visible(query, query + kM, work.key_begin, work.key_begin + kN)) {
+          visit<false>(step.stage, query, i, dk, dv);
+        } else {
+          visit<true>(step.stage, query, i, dk, dv);
+        }
+      }
+    }
+    write(dv, p.dv, 1.0f);
+    write(dk, p.dk, float(p.softmax_scale));
+  }
+
+  template <bool MASKED>
+  FA_DEVICE void visit(int stage, int query, int i, KeyGradient& dk, KeyGradient& dv) {
+    Scores scores, gradient;
+    hold(scores.value);
+    hold(gradient.value);
+    wgmma_fence();
+    multiply_transposed(scores, k_address(), q_address(stage));
+    multiply_transposed(gradient, v_address(), do_address(stage));
+    wgmma_wait<1>();
+    hold(scores.value);
+    const float scale_log2 = float(p.softmax_scale) * float(kLog2E);
+    const int lane_col = int(threadIdx.x) % 4 * 2;
+    const float *lse = negated_lse(stage) + lane_col, *deltas = delta(stage) + lane_col;
+    FA_UNROLL
+    for (int n = 0; n < kM / 8; ++n) {
+      const float2 x = *reinterpret_cast<const float2*>(lse + 8 * n);
+      float* s = scores.tile(0, n);
+      FA_UNROLL
+      for (int e = 0; e < 4; ++e) s[e] = exp2_fast(fma_rn(s[e], scale_log2, e % 2 == 0 ? x.x : x.y));
+    }
+    if (MASKED) hide(query, scores);
+    Factor probabilities(scores);
+    wgmma_wait<0>();
+    hold(gradient.value);
+    FA_UNROLL
+    for (int n = 0; n < kM / 8; ++n) {
+      const float2 x = *reinterpret_cast<const float2*>(deltas + 8 * n);
+      float *s = scores.tile(0, n), *g = gradient.tile(0, n);
+      FA_UNROLL
+      for (int e = 0; e < 4; ++e) g[e] = s[e] * (g[e] - (e % 2 == 0 ? x.x : x.y));
+    }
+    if (MASKED) hide(query, gradient);
+    multiply_rows(dv, probabilities, do_address(stage));
+
+    Factor differences(gradient);
+    put(differences, ds_address(i % 2));
+    fence_async_proxy();
+    sync_named(1, kComputing);
+    float dq[QueryGradient::kRegs];
+    multiply_queries(dq, ds_address(i % 2));
+    multiply_rows(dk, differences, q_address(stage));
+    wgmma_wait<1>();
+    hold(dq);
+    hold(dv.value);
+    barriers.dq_free.wait(i % 2 ^ 1);
+    FA_UNROLL
+    for (int reg = 0; reg < QueryGradient::kRegs; reg += 4) {
+      *reinterpret_cast<float4*>(shared + kDqAt + (reg * kComputing + int(threadIdx.x) * 4) * 4) =
+          float4{dq[reg], dq[reg + 1], dq[reg + 2], dq[reg + 3]};
+    }
+    fence_async_proxy();
+    __syncwarp();
+    if (first_lane()) barriers.dq_full.arrive();
+    wgmma_wait<0>();
+    hold(dk.value);
+    if (first_lane()) barriers.free[stage].arrive();
+  }
+
+  // c = rows x queries^T, for this warpgroup's 64 of the 128 rows.
+  FA_DEVICE void multiply_transposed(Scores& c, uint32_t rows, uint32_t queries) {
+    const uint64_t a = descriptor(rows + warpgroup() * 64 * 128, 0), b = descriptor(queries, 0);
+    FA_UNROLL
+    for (int step = 0; step < D / 16; ++step) {
+      Wgmma<kM>::template shared<T, false, false>(c.value, advance(a, step / 4 * kKPanel + step % 4 * 32),
+                                                  advance(b, step / 4 * kQPanel + step % 4 * 32), step > 0);
+    }
+    wgmma_commit();
+  }
+
+  // c += a x queries
+  FA_DEVICE void multiply_rows(KeyGradient& c, Factor& a, uint32_t queries) {
+    const uint64_t b = descriptor(queries, kQPanel);
+    hold(c.value);
+    FA_UNROLL
+    for (int step = 0; step < kM / 16; ++step) hold(a.value[0][step]);
+    wgmma_fence();
+    FA_UNROLL
+    for (int step = 0; step < kM / 16; ++step) {
+      Wgmma<D>::template registers<T, true>(c.value, a.value[0][step], advance(b, step * 16 * 128));
+    }
+    wgmma_commit();
+  }
+
+  // dQ = dS K: the warpgroups share out the rows, or where there are only 64, the columns.
+  FA_DEVICE void multiply_queries(float (&dq)[QueryGradient::kRegs], uint32_t ds) {
+    const uint64_t a = descriptor(ds + (kM == 64 ? 0 : warpgroup() * kN * 128), 0);
+    const uint64_t b = descriptor(k_address() + (kM == 64 ? warpgroup() * kQueryGradientCols / 64 * kKPanel : 0), kKPanel);
+    hold(dq);
+    wgmma_fence();
+    FA_UNROLL
+    for (int step = 0; step < kN / 16; ++step) {
+      Wgmma<kQueryGradientCols>::template shared<T, true, true>(dq, advance(a, step * 16 * 128),
+                                                                 advance(b, step * 16 * 128), step > 0);
+    }
+    wgmma_commit();
+  }
+
+  // dS^T to shared memory: rows of keys, in panels of 64 queries.
+  FA_DEVICE void put(const Factor& a, uint32_t dst) {
+    const int lane = int(threadIdx.x) % 32, row = int(threadIdx.x) / 32 * 16 + lane % 16;
+    FA_UNROLL
+    for (int step = 0; step < kM / 16; ++step) {
+      const int chunk = 2 * step + lane / 16;
+      store_matrices(dst + chunk / 8 * (kN * 128) + row * 128 + ((chunk ^ row) % 8) * 16, a.value[0][step]);
+    }
+  }
+
+  FA_DEVICE void hide(int query, Scores& scores) {
+    const int lane_col = int(threadIdx.x) % 4 * 2;
+    IntRows begin, end;
+    IntRows::for_each([&](int slot, int row, bool) {
+      const int key = work.key_begin + row;
+      const bool exists = key < seq.len_k;
+      begin[slot] = mask.queries_begin(key) - query - lane_col;
+      end[slot] = exists ? mask.queries_end(key + 1) - query - lane_col : 0x80000000;
+    });
+    Scores::for_each([&](int slot, int, int col, int reg) {
+      if (col - lane_col < begin[slot] || col - lane_col >= end[slot]) scores[reg] = 0;
+    });
+  }
+
+  // Zeros in a tile, from row `begin` on. Every warpgroup clears for itself.
+  FA_DEVICE void clear_rows(int tile, int panel_bytes, int begin) {
+    for (int panel = 0; panel < kPanels; ++panel) {
+      for (int at = begin * 128 + int(threadIdx.x) % 128 * 16; at < panel_bytes; at += 128 * 16) {
+        *reinterpret_cast<uint4*>(shared + tile + panel * panel_bytes + at) = uint4{};
+      }
+    }
+    fence_async_proxy();
+    sync_named(2 + warpgroup(), 128);
+  }
+
+  FA_DEVICE void write(KeyGradient& gradient, const TensorRef& dst, float scale) {
+    KeyGradient::for_each([&](int, int, int, int reg) { gradient[reg] *= scale; });
+    const int row = int(threadIdx.x) / 32 * 16;
+    // A warp's rows of V: only it and its warpgroup, which is past that, read them.
+    write_rows<T, D>(gradient.value, shared + kKBytes + row * 128, kKPanel,
+                     head_rows<T>(dst, work.batch, work.kv_head, seq.first_k + work.key_begin + row), dst.row_stride,
+                     seq.stored_k - work.key_begin - row, p.head_dim);
+  }
+};
+
+}  // namespace sm90
+}  // namespace flash_attn
