@@ -1,6 +1,6 @@
 // The backward on Hopper, kernels/backward.cuh with roles for warps (FlashAttention-3, arXiv 2407.08608): one loads,
-// one adds dQ to device memory, waiting for its turn where the order is fixed, and two warpgroups of 64 keys each
-// compute. They work on transposed scores, S^T = K Q^T: P^T and dS^T are then left factors in registers, and only dS^T
+// two in turn add dQ to device memory, waiting until they may where the order is fixed, and two warpgroups of 64 keys
+// each compute. They work on transposed scores, S^T = K Q^T: P^T and dS^T are then left factors in registers, and only dS^T
 // goes through shared memory, for dQ = dS K.
 #pragma once
 
@@ -39,10 +39,10 @@ struct Backward {
   static constexpr int kQBytes = kM * D * 2, kQPanel = kM * 128;
   static constexpr int kDsBytes = kM * kN * 2, kDqBytes = kM * D * 4, kRowsBytes = 2 * kM * 4;
   static constexpr int kQAt = 2 * kKBytes, kDsAt = kQAt + kStages * 2 * kQBytes, kDqAt = kDsAt + 2 * kDsBytes;
-  static constexpr int kRowsAt = kDqAt + kDqBytes, kBarriersAt = kRowsAt + kStages * kRowsBytes;
+  static constexpr int kRowsAt = kDqAt + 2 * kDqBytes, kBarriersAt = kRowsAt + kStages * kRowsBytes;
 
   struct Barriers {
-    Barrier keys_full, full[kStages], free[kStages], dq_full, dq_free;
+    Barrier keys_full, full[kStages], free[kStages], dq_full[2], dq_free[2];
   };
   static constexpr int kSharedBytes = kBarriersAt + 128, kStashBytes = 0;
 
@@ -108,8 +108,10 @@ struct Backward {
         barriers.full[stage].init(1);
         barriers.free[stage].init(kWarps);
       }
-      barriers.dq_full.init(kWarps);
-      barriers.dq_free.init(1);
+      for (int buffer = 0; buffer < 2; ++buffer) {
+        barriers.dq_full[buffer].init(kWarps);
+        barriers.dq_free[buffer].init(1);
+      }
       fence_barrier_init();
     }
     __syncthreads();
@@ -118,7 +120,7 @@ struct Backward {
       keep_registers<24>();
       const int warp = (int(threadIdx.x) - kComputing) / 32;
       if (warp == 0) load(steps);
-      if (warp == 1 && threadIdx.x % 32 == 0) add_up(steps);
+      if ((warp == 1 || warp == 2) && threadIdx.x % 32 == 0) add_up(steps, warp - 1);
     } else {
       take_registers<240>();
       clear_spare_rows<A>(p, p.cu_seqlens_k, p.total_k, work.batch, work.key_begin / kN, ceil_div(p.seqlen_k, kN),
@@ -190,22 +192,23 @@ struct Backward {
     }
   }
 
-  // Adds each step's dQ to device memory: in any order, or when it is this thread block's turn.
-  FA_DEVICE void add_up(int steps) {
+  // Adds the dQ of every other step to device memory: in any order, or when it is this thread block's turn.
+  FA_DEVICE void add_up(int steps, int buffer) {
     Step step(work.kv_head * group);
     for (int i = 0; i < steps; ++i, step.next(walk.steps)) {
+      if (i % 2 != buffer) continue;
       const int query = walk.query(step.index);
       const int64_t block = step.head * query_blocks(p, kM) + first_query_block(p, work.batch, seq.first_q, kM) +
                             query / kM;
-      barriers.dq_full.wait(i % 2);
       if (p.deterministic) {
         const int before = walk.blocks_before(mask, work.key_begin, query);
         while (sm80::load_acquire(p.dq_turn + block) != before) {
         }
       }
-      reduce_add(static_cast<float*>(p.dq_accum) + block * (kM * D), k_address() + kDqAt, kDqBytes);
+      barriers.dq_full[buffer].wait(i / 2 % 2);
+      reduce_add(static_cast<float*>(p.dq_accum) + block * (kM * D), k_address() + kDqAt + buffer * kDqBytes, kDqBytes);
       wait_reduced<true>();
-      barriers.dq_free.arrive();
+      barriers.dq_free[buffer].arrive();
       if (p.deterministic) {
         wait_reduced<false>();
         sm80::add_release(p.dq_turn + block, 1);
@@ -266,7 +269,6 @@ struct Backward {
       for (int e = 0; e < 4; ++e) s[e] = exp2_fast(fma_rn(s[e], scale_log2, e % 2 == 0 ? x.x : x.y));
     }
     if (MASKED) hide(query, scores);
-    Factor probabilities(scores);
     wgmma_wait<0>();
     hold(gradient.value);
     FA_UNROLL
@@ -277,6 +279,7 @@ struct Backward {
       for (int e = 0; e < 4; ++e) g[e] = s[e] * (g[e] - (e % 2 == 0 ? x.x : x.y));
     }
     if (MASKED) hide(query, gradient);
+    Factor probabilities(scores);
     multiply_rows(dv, probabilities, do_address(stage));
 
     Factor differences(gradient);
@@ -289,15 +292,15 @@ struct Backward {
     wgmma_wait<1>();
     hold(dq);
     hold(dv.value);
-    barriers.dq_free.wait(i % 2 ^ 1);
+    barriers.dq_free[i % 2].wait(i / 2 % 2 ^ 1);
     FA_UNROLL
     for (int reg = 0; reg < QueryGradient::kRegs; reg += 4) {
-      *reinterpret_cast<float4*>(shared + kDqAt + (reg * kComputing + int(threadIdx.x) * 4) * 4) =
+      *reinterpret_cast<float4*>(shared + kDqAt + i % 2 * kDqBytes + (reg * kComputing + int(threadIdx.x) * 4) * 4) =
           float4{dq[reg], dq[reg + 1], dq[reg + 2], dq[reg + 3]};
     }
     fence_async_proxy();
     __syncwarp();
-    if (first_lane()) barriers.dq_full.arrive();
+    if (first_lane()) barriers.dq_full[i % 2].arrive();
     wgmma_wait<0>();
     hold(dk.value);
     if (first_lane()) barriers.free[stage].arrive();
@@ -331,7 +334,8 @@ struct Backward {
   // dQ = dS K: the warpgroups share out the rows, or where there are only 64, the columns.
   FA_DEVICE void multiply_queries(float (&dq)[QueryGradient::kRegs], uint32_t ds) {
     const uint64_t a = descriptor(ds + (kM == 64 ? 0 : warpgroup() * kN * 128), 0);
-    const uint64_t b = descriptor(k_address() + (kM == 64 ? warpgroup() * kQueryGradientCols / 64 * kKPanel : 0), kKPanel);
+    const uint32_t columns = kM == 64 ? warpgroup() * kQueryGradientCols / 64 * kKPanel : 0;
+    const uint64_t b = descriptor(k_address() + columns, kKPanel);
     hold(dq);
     wgmma_fence();
     FA_UNROLL
