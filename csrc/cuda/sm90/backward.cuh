@@ -1,7 +1,7 @@
 // The backward on Hopper, kernels/backward.cuh with roles for warps (FlashAttention-3, arXiv 2407.08608): one loads,
 // two in turn add dQ to device memory, waiting until they may where the order is fixed, and two warpgroups of 64 keys
-// each compute. They work on transposed scores, S^T = K Q^T: P^T and dS^T are then left factors in registers, and only dS^T
-// goes through shared memory, for dQ = dS K.
+// each compute. They work on transposed scores, S^T = K Q^T: P^T and dS^T are then left factors in registers, and only
+// dS^T goes through shared memory, for dQ = dS K.
 #pragma once
 
 #include "../attention/schedule.cuh"
