@@ -31,6 +31,9 @@ struct Workspace {
 struct Backend {
   const char* name;  // "cpu", "cuda", "hip"
 
+  // Throws std::runtime_error, saying what is missing, unless the device is there and runs this build's kernels.
+  void (*check_device)(int device_index);
+
   // Fills split_size and num_splits (split_size > 0 on entry: schedule invariance is required; it must be a
   // multiple of the key block) and returns the scratch the forward needs.
   // Throws std::invalid_argument where no kernel can honour the request, saying which and why.

@@ -45,6 +45,7 @@ Queue queue_for(const std::string& device_type, int device_index) {
     queue.threads = host_threads();
     return queue;
   }
+  backend_for(device_type).check_device(device_index);
   if (aoti_torch_get_current_cuda_stream == nullptr) {
     throw std::runtime_error(
         "flash_attn: this build is for a GPU, the installed torch is not (install a torch with CUDA or ROCm)");
@@ -55,8 +56,8 @@ Queue queue_for(const std::string& device_type, int device_index) {
 
 Target::Target(const Tensor& q) : backend_(backend_for(device_type_of(q))) {
   const int device_index = q.get_device_index();
-  if (!q.is_cpu()) guard_.emplace(device_index);
   queue_ = queue_for(device_type_of(q), device_index);
+  if (!q.is_cpu()) guard_.emplace(device_index);
 }
 
 }  // namespace flash_attn

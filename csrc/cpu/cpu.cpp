@@ -179,7 +179,9 @@ const char* describe(const Queue& queue) {
   return text;
 }
 
-const Backend kCpuBackend = {"cpu", plan_forward, forward, plan_backward, backward, key_block, describe};
+void check_device(int) {}
+
+const Backend kCpuBackend = {"cpu", check_device, plan_forward, forward, plan_backward, backward, key_block, describe};
 
 }  // namespace
 

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <string>
 #include <type_traits>
 
 #if defined(__HIPCC__)
@@ -30,6 +31,35 @@
 #endif
 
 namespace flash_attn {
+
+#if defined(__HIPCC__)
+constexpr const char* kRuntime = "HIP";
+
+template <class Properties>
+std::string arch_name(const Properties& device) {
+  return device.gcnArchName;  // "gfx90a:sramecc+:xnack-"
+}
+
+// Whether a GPU runs the code for a machine of tools/build/instances.py.
+template <class Properties>
+bool runs_on(const std::string& machine, const Properties& device) {
+  const std::string arch = arch_name(device);
+  return arch.substr(0, arch.find(':')) == machine;
+}
+#elif FA_GPU
+constexpr const char* kRuntime = "CUDA";
+
+template <class Properties>
+std::string arch_name(const Properties& device) {
+  return "compute capability " + std::to_string(device.major) + "." + std::to_string(device.minor);
+}
+
+// Hopper's own instructions are no other's; the rest serves whatever came after Ampere.
+template <class Properties>
+bool runs_on(const std::string& machine, const Properties& device) {
+  return machine == "sm90" ? device.major == 9 && device.minor == 0 : device.major >= 8;
+}
+#endif
 
 struct Half {
   uint16_t bits;

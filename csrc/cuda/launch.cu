@@ -2,6 +2,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <stdexcept>
 #include <string>
@@ -26,21 +27,58 @@ int device_attribute(cudaDeviceAttr attribute, const Queue& queue) {
   return value;
 }
 
-// The best that this build has for the device: the first GPU table, but for those made for one machine alone.
-const KernelTable& table(int device_index) {
-  int major = 0, minor = 0;
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_index), "reading a device attribute");
-  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device_index), "reading a device attribute");
-  const bool is_hopper = major == 9 && minor == 0;
+bool is_for_gpus(const KernelTable& table) { return table.count > 0 && table.kernels[0]->device != nullptr; }
+
+// The machines that this build has GPU kernels for, best first, as text.
+std::string built_for() {
+  std::string names;
   const KernelTables all = kernel_tables();
   for (int i = 0; i < all.count; ++i) {
-    const bool for_hopper = std::string(all.tables[i]->machine) == "sm90";
-    if (all.tables[i]->count > 0 && all.tables[i]->kernels[0]->device != nullptr && (is_hopper || !for_hopper)) {
-      return *all.tables[i];
-    }
+    if (is_for_gpus(*all.tables[i])) names += (names.empty() ? "" : ", ") + std::string(all.tables[i]->machine);
   }
-  throw std::runtime_error("this build holds no GPU kernels for compute capability " + std::to_string(major) + "." +
-                           std::to_string(minor) + " (rebuild with FLASH_ATTENTION_BACKEND=cuda or hip)");
+  return names.empty() ? "no GPU (rebuild with FLASH_ATTENTION_BACKEND=cuda or hip)" : names;
+}
+
+constexpr int kDevices = 64;  // whose answers are remembered
+
+// Throws unless the device is there.
+void check_device(int index) {
+  static std::atomic<uint64_t> known{0};
+  const uint64_t bit = index >= 0 && index < kDevices ? uint64_t(1) << index : 0;
+  if (known.load(std::memory_order_relaxed) & bit) return;
+  int count = 0;
+  const cudaError_t status = cudaGetDeviceCount(&count);
+  const std::string about = " (this build's GPU kernels are for " + built_for() + ")";
+  if (status != cudaSuccess || count == 0) {
+    throw std::runtime_error(std::string("flash_attn: no ") + kRuntime + " device is present: " +
+                             cudaGetErrorString(status == cudaSuccess ? cudaErrorNoDevice : status) + about);
+  }
+  if (index < 0 || index >= count) {
+    throw std::runtime_error("flash_attn: device " + std::to_string(index) + " is not one of the " +
+                             std::to_string(count) + " that " + kRuntime + " sees" + about);
+  }
+  known.fetch_or(bit, std::memory_order_relaxed);
+}
+
+const KernelTable& choose_table(int device_index) {
+  cudaDeviceProp device;
+  check(cudaGetDeviceProperties(&device, device_index), "reading the device's properties");
+  const KernelTables all = kernel_tables();
+  for (int i = 0; i < all.count; ++i) {
+    if (is_for_gpus(*all.tables[i]) && runs_on(all.tables[i]->machine, device)) return *all.tables[i];
+  }
+  throw std::runtime_error("flash_attn: this build's GPU kernels are for " + built_for() + "; none runs on " +
+                           device.name + ", " + arch_name(device) +
+                           " (rebuild with FLASH_ATTENTION_ARCHS, where there are kernels for it)");
+}
+
+// The best that this build has for the device.
+const KernelTable& table(int device_index) {
+  static std::atomic<const KernelTable*> known[kDevices];
+  if (device_index < 0 || device_index >= kDevices) return choose_table(device_index);
+  const KernelTable* found = known[device_index].load(std::memory_order_relaxed);
+  if (found == nullptr) known[device_index].store(found = &choose_table(device_index), std::memory_order_relaxed);
+  return *found;
 }
 
 bool is_modified(const AttentionParams& p) {
@@ -215,18 +253,21 @@ void backward(BackwardParams p, void* workspace, const Queue& queue) {
 }
 
 // That of the first device.
-int key_block(DType dtype, int head_dim) { return find({}, KernelKind::kForward, dtype, head_dim).block_n; }
+int key_block(DType dtype, int head_dim) {
+  check_device(0);
+  return find({}, KernelKind::kForward, dtype, head_dim).block_n;
+}
 
 const char* describe(const Queue& queue) {
   thread_local char text[320];
   cudaDeviceProp properties;
   check(cudaGetDeviceProperties(&properties, queue.device_index), "reading the device's properties");
-  std::snprintf(text, sizeof text, "%s, compute capability %d.%d, %d multiprocessors, kernels for %s", properties.name,
-                properties.major, properties.minor, properties.multiProcessorCount, table(queue.device_index).machine);
+  std::snprintf(text, sizeof text, "%s, %s, %d multiprocessors, kernels for %s", properties.name,
+                arch_name(properties).c_str(), properties.multiProcessorCount, table(queue.device_index).machine);
   return text;
 }
 
-const Backend kGpuBackend = {"cuda", plan_forward, forward, plan_backward, backward, key_block, describe};
+const Backend kGpuBackend = {"cuda", check_device, plan_forward, forward, plan_backward, backward, key_block, describe};
 
 }  // namespace
 

@@ -24,6 +24,8 @@ struct Backward {
 
   using Tuning = typename Arch::template Tuning<Kernel::kBackward, T, kD, kModified>;
   static constexpr int kM = Tuning::kBlockM, kN = Tuning::kBlockN, kWarps = Tuning::kWarps;
+  // Named: clang 21 may not find the end of the aliases below with Tuning's own names among their arguments.
+  static constexpr int kWarpsM = Tuning::kWarpsM, kWarpsN = Tuning::kWarpsN, kWarpsQ = Tuning::kWarpsQ;
   static constexpr int kStages = Tuning::kStages;  // buffers of Q and dO
   using A = typename Arch::template Block<kWarps>;
 
@@ -32,11 +34,11 @@ struct Backward {
   using QTile = typename A::template Tile<T, kM, kD, kMK | kKN>;
   using STile = typename A::template Tile<T, kM, kN, kKM>;
   using DSTile = typename A::template Tile<T, kM, kN, kKM | kMK>;
-  using Scores = typename A::template Accumulator<Scalar, kM, kN, Tuning::kWarpsM>;
-  using Rows = typename A::template Rows<Scalar, kM, Tuning::kWarpsM>;
-  using IntRows = typename A::template Rows<int, kM, Tuning::kWarpsM>;
-  using KeyGradient = typename A::template Accumulator<Scalar, kN, kD, Tuning::kWarpsN>;
-  using QueryGradient = typename A::template Accumulator<Scalar, kM, kD, Tuning::kWarpsQ>;
+  using Scores = typename A::template Accumulator<Scalar, kM, kN, kWarpsM>;
+  using Rows = typename A::template Rows<Scalar, kM, kWarpsM>;
+  using IntRows = typename A::template Rows<int, kM, kWarpsM>;
+  using KeyGradient = typename A::template Accumulator<Scalar, kN, kD, kWarpsN>;
+  using QueryGradient = typename A::template Accumulator<Scalar, kM, kD, kWarpsQ>;
 
   static constexpr int kThreads = A::kThreads;
   static constexpr int kMinBlocks = Tuning::kMinBlocks;
