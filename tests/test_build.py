@@ -18,7 +18,7 @@ if not (ROOT / "tools/build").is_dir():
 sys.path.insert(0, str(ROOT))
 
 from tools import check_format, check_layering  # noqa: E402
-from tools.build import BuildError, config, cuda, info, instances, ninja_file, torch_package  # noqa: E402
+from tools.build import BuildError, config, cuda, info, instances, ninja_file, rocm, torch_package  # noqa: E402
 from tools.check_spills import parse_ptxas  # noqa: E402
 
 
@@ -110,6 +110,72 @@ class TestConfig:
 
     def test_arm_gets_generic_code_only(self):
         assert [machine.name for machine in instances.machines(make_config(), "cpu", "aarch64")] == ["generic"]
+
+
+def make_program(path: Path, output: str, code: int = 0) -> None:
+    """A program that prints."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\ncat <<'END'\n{output}\nEND\nexit {code}\n")
+    path.chmod(0o755)
+
+
+class TestRocm:
+    def test_what_is_asked_for_wins(self, tmp_path):
+        environment = {"PYTORCH_ROCM_ARCH": "gfx1100", "PATH": str(tmp_path)}
+        asked = ("gfx90a", "generic")
+        assert rocm.choose_archs(asked, environment) == (("gfx90a",), "FLASH_ATTENTION_ARCHS")
+
+    @pytest.mark.parametrize("text", ["gfx908;gfx90a;gfx1100", "gfx908 gfx90a:xnack-", "gfx90a,gfx1030"])
+    def test_then_torch_s_own(self, tmp_path, text):
+        """ROCm's images set it to every GPU that their torch is for."""
+        environment = {"PYTORCH_ROCM_ARCH": text, "ROCM_HOME": str(tmp_path)}
+        assert rocm.choose_archs((), environment) == (("gfx90a",), "PYTORCH_ROCM_ARCH")
+
+    def test_then_the_gpus(self, tmp_path):
+        make_program(tmp_path / "bin/rocm_agent_enumerator", "gfx000\ngfx90a\ngfx90a\ngfx9-generic")
+        assert rocm.gpus_present({"ROCM_HOME": str(tmp_path)}) == ("gfx90a",)
+        assert rocm.choose_archs(("generic",), {"ROCM_HOME": str(tmp_path)}) == (("gfx90a",), "the GPUs here")
+
+    def test_rocminfo_where_the_enumerator_fails(self, tmp_path):
+        make_program(tmp_path / "bin/rocm_agent_enumerator", "gfx1100", code=1)
+        make_program(
+            tmp_path / "bin/rocminfo", "  Name:  AMD EPYC\n  Name:  gfx90a\n  amdgcn-amd-amdhsa--gfx90a:xnack-"
+        )
+        assert rocm.gpus_present({"ROCM_HOME": str(tmp_path)}) == ("gfx90a",)
+
+    @pytest.mark.parametrize("programs", [{}, {"rocm_agent_enumerator": "gfx000"}, {"rocminfo": "ROCk is NOT loaded"}])
+    def test_a_container_builds_without_a_gpu(self, tmp_path, programs):
+        for name, output in programs.items():
+            make_program(tmp_path / "bin" / name, output)
+        assert rocm.choose_archs((), {"ROCM_HOME": str(tmp_path)}) == (("gfx90a",), "the default")
+
+    def test_a_gpu_without_kernels(self, tmp_path):
+        make_program(tmp_path / "bin/rocminfo", "Name: gfx1100")
+        with pytest.raises(BuildError, match=r"the GPUs here: gfx1100, but there are kernels for .*gfx90a"):
+            rocm.choose_archs((), {"ROCM_HOME": str(tmp_path)})
+        with pytest.raises(BuildError, match="PYTORCH_ROCM_ARCH: gfx1030"):
+            rocm.choose_archs((), {"ROCM_HOME": str(tmp_path), "PYTORCH_ROCM_ARCH": "gfx1030"})
+
+    def test_programs_are_found(self, tmp_path):
+        make_program(tmp_path / "home/bin/hipcc", "")
+        make_program(tmp_path / "path/hipcc", "")
+        home, path = str(tmp_path / "home"), str(tmp_path / "path")
+        assert rocm.compiler_path({"ROCM_HOME": home, "PATH": path}) == f"{home}/bin/hipcc"
+        assert rocm.compiler_path({"ROCM_PATH": home, "PATH": path}) == f"{home}/bin/hipcc"
+        assert rocm.compiler_path({"ROCM_PATH": "/nowhere", "PATH": path}) == f"{path}/hipcc"
+        assert rocm.compiler_path({"ROCM_HOME": "/nowhere", "PATH": path}) is None
+
+    def test_torch_s_copy_of_the_runtime_is_linked(self, tmp_path):
+        """Two copies in one process would not know each other's streams."""
+        hipcc, torch = tmp_path / "rocm/bin/hipcc", tmp_path / "torch/lib"
+        for path in (hipcc, tmp_path / "rocm/lib/libamdhip64.so", torch / "libc10.so"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        flags = rocm.runtime_flags(rocm.runtime_folders(str(hipcc), torch))
+        assert flags == (f"-L{tmp_path}/rocm/lib", "-l:libamdhip64.so")
+        (torch / "libamdhip64.so.7").touch()
+        assert rocm.runtime_flags(rocm.runtime_folders(str(hipcc), torch)) == (f"-L{torch}", "-l:libamdhip64.so.7")
+        assert rocm.runtime_flags(iter(())) == ("-lamdhip64",)
 
 
 class TestInstances:

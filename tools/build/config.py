@@ -4,10 +4,12 @@
 | ---------------------------------- | ------------------------------------------------------------------------------ |
 | `FLASH_ATTENTION_BACKEND`          | `auto` (what the installed torch is), `cpu`, `cuda`, `hip`; cpu is always in   |
 | `FLASH_ATTENTION_ARCHS`            | machine codes, `;` between them: `80;90`, `gfx90a`, `x86-64-v3`                |
+| `PYTORCH_ROCM_ARCH`                | for hip, where the above names none: those of its GPUs that have kernels       |
 | `FLASH_ATTENTION_INSTANCES`        | a subset for quick builds: `bf16:64,128;fp32:64`                               |
 | `FLASH_ATTENTION_INTERNAL_USE_RTZ` | `1` (default for hip) builds code that narrows toward zero, `0` leaves it out  |
 | `FLASH_ATTENTION_TORCH`            | the folder of the torch package whose headers to use                           |
-| `MAX_JOBS`, `CXX`, `CUDA_HOME`     | compiler processes at once; compilers                                          |
+| `MAX_JOBS`, `CXX`                  | compiler processes at once; the host's compiler                                |
+| `CUDA_HOME`, `ROCM_HOME`           | toolkits, where they are not on PATH or in the usual place                     |
 """
 
 import os

@@ -1,19 +1,27 @@
 """AMD: csrc/cuda hipified into the build folder, then hipcc. Hand-written AMD code (csrc/hip) is taken as it is."""
 
 import importlib.util
-import os
 import platform
-import shutil
+import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from tools.build.backend import CXX_FLAGS, Backend, first_line
 from tools.build.config import Config
 from tools.build.errors import BuildError
-from tools.build.instances import Instance, InstanceFile, Machine, instance_files, instances, machines, registry_source
+from tools.build.instances import (
+    Instance,
+    InstanceFile,
+    Machine,
+    instance_files,
+    instances,
+    machines,
+    registry_source,
+)
 from tools.build.ninja_file import Rule, Step, write_if_changed
+from tools.build.rocm import choose_archs, compiler_path, runtime_flags, runtime_folders
 
 # The table of kernels as a library of its own: the tests and the report read it; it needs neither torch nor a GPU.
 TABLE_LIBRARY = Path("kernels.so")
@@ -23,13 +31,6 @@ extern "C" __attribute__((visibility("default"))) const flash_attn::KernelTable*
   return index < all.count ? all.tables[index] : nullptr;
 }
 """
-
-
-def compiler_path(environment: Mapping[str, str] = os.environ) -> str | None:
-    """hipcc: under ROCM_HOME, on PATH, or in the usual place."""
-    if environment.get("ROCM_HOME"):
-        return shutil.which("hipcc", path=f"{environment['ROCM_HOME']}/bin")
-    return shutil.which("hipcc", path=environment.get("PATH")) or shutil.which("hipcc", path="/opt/rocm/bin")
 
 
 def hipify_engine(torch: Path) -> Path:
@@ -49,7 +50,9 @@ class HipBackend(Backend):
         if hipcc is None:
             raise BuildError("hipcc was not found (install ROCm or Debian's hipcc, put it on PATH, or set ROCM_HOME)")
         self.hipcc = hipcc
-        self.machines = machines(config, "hip", platform.machine())
+        machines(config, self.name, platform.machine())  # refuses names that nobody knows
+        self.archs, self.archs_from = choose_archs(config.archs)
+        self.machines = machines(replace(config, archs=self.archs), self.name, platform.machine())
 
     @property
     def hipified(self) -> Path:
@@ -75,6 +78,9 @@ class HipBackend(Backend):
             raise BuildError("csrc could not be hipified; the reasons are above")
 
     def steps(self) -> list[Step]:
+        print(f"flash_attn: AMD code for {', '.join(self.archs)} (from {self.archs_from})")
+        for note in self.notes():
+            print(f"flash_attn: {note}")
         self.hipify()
         launch = self.hipified / "csrc/hip/launch.hip"
         return [
@@ -106,10 +112,19 @@ class HipBackend(Backend):
         return {machine: tuple(instances(machine, self.config)) for machine in self.machines}
 
     def link_flags(self) -> tuple[str, ...]:
-        for root in (Path(self.hipcc).resolve().parents[1], Path("/opt/rocm")):
-            if (root / "lib/libamdhip64.so").exists():
-                return (f"-L{root / 'lib'}", "-lamdhip64")
-        return ("-lamdhip64",)
+        return runtime_flags(runtime_folders(self.hipcc, self.config.torch.lib))
+
+    def notes(self) -> list[str]:
+        """What is odd about this environment."""
+        torch = self.config.torch
+        if torch.flavour != "hip":
+            return [
+                f"torch {torch.version} is not for AMD GPUs: the library will load under it, and run on the CPU only"
+            ]
+        version = re.search(r"HIP version: (\d+)", first_line(self.hipcc, "--version"))
+        if version and version[1] != torch.toolkit.split(".")[0]:
+            return [f"hipcc is of HIP {version[1]}, torch {torch.version} of HIP {torch.toolkit}: use the same release"]
+        return []
 
     def describe(self) -> dict[str, object]:
         compiler = first_line(self.hipcc, "--version")

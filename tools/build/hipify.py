@@ -2,7 +2,7 @@
 
 csrc/cuda goes through hipify and becomes OUT/csrc/hip; NVIDIA's own arch folders stay behind. What is not CUDA (core,
 backend.h, the hand-written csrc/hip) is copied beside it. Files that come out as before keep their time stamps, so
-ninja rebuilds only what changed, and nothing at all is done when no source has changed.
+ninja rebuilds only what changed, and nothing at all is done when neither a source nor the result has changed.
 
 The engine keeps its results in module globals, so every run is a process of its own. HIPIFY is the engine's folder:
 torch/utils/hipify, or hipify_torch where that is installed; it is loaded without importing torch.
@@ -37,14 +37,19 @@ def source_files(csrc: Path) -> list[Path]:
     return [path for path in wanted if not any(NVIDIA_ONLY.fullmatch(part) for part in path.parts)]
 
 
-def digest(csrc: Path, files: list[Path], engine: Path) -> str:
-    """SHA-256 of everything that the result depends on."""
+def digest(*paths: Path) -> str:
+    """SHA-256 of files' names and contents."""
     state = hashlib.sha256()
-    engine_files = sorted(engine.glob("*.py"))
-    for path in [*(csrc / file for file in files), *engine_files, Path(__file__)]:
+    for path in paths:
         content = path.read_bytes()
         state.update(f"{path.name} {len(content)}\n".encode() + content)
     return state.hexdigest()
+
+
+def stamp_text(csrc: Path, files: list[Path], engine: Path, result: Path) -> str:
+    """Digests of everything that the result depends on, and of the result."""
+    made = sorted(path for path in result.rglob("*") if path.is_file())
+    return f"{digest(*(csrc / file for file in files), *sorted(engine.glob('*.py')), Path(__file__))} {digest(*made)}"
 
 
 def load_engine(folder: Path) -> ModuleType:
@@ -136,8 +141,8 @@ def run(root: Path, out: Path, engine: Path) -> bool:
     """Brings OUT up to date; returns whether anything was to do. Raises RuntimeError where the result is wrong."""
     csrc = root / "csrc"
     files = source_files(csrc)
-    stamp, now = out / "digest", digest(csrc, files, engine)
-    if stamp.exists() and stamp.read_text() == now:
+    stamp, result = out / "digest", out / "csrc"
+    if stamp.exists() and stamp.read_text() == stamp_text(csrc, files, engine, result):
         return False
     stamp.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
@@ -145,8 +150,8 @@ def run(root: Path, out: Path, engine: Path) -> bool:
     found = problems(tree, files)
     if found:
         raise RuntimeError("hipify left the sources in a wrong state:\n  " + "\n  ".join(found))
-    write_tree(tree, out / "csrc")
-    stamp.write_text(now)
+    write_tree(tree, result)
+    stamp.write_text(stamp_text(csrc, files, engine, result))
     return True
 
 
