@@ -12,11 +12,11 @@ namespace flash_attn {
 class Target {
  public:
   explicit Target(const Tensor& q);
-  const Backend& backend() const { return backend_; }
+  const Backend& backend() const { return *backend_; }
   const Queue& queue() const { return queue_; }
 
  private:
-  const Backend& backend_;
+  const Backend* backend_;
   std::optional<torch::stable::accelerator::DeviceGuard> guard_;
   Queue queue_;
 };

@@ -54,7 +54,7 @@ Queue queue_for(const std::string& device_type, int device_index) {
   return queue;
 }
 
-Target::Target(const Tensor& q) : backend_(backend_for(device_type_of(q))) {
+Target::Target(const Tensor& q) : backend_(&backend_for(device_type_of(q))) {
   const int device_index = q.get_device_index();
   queue_ = queue_for(device_type_of(q), device_index);
   if (!q.is_cpu()) guard_.emplace(device_index);
