@@ -18,7 +18,7 @@ if not (ROOT / "tools/build").is_dir():
 sys.path.insert(0, str(ROOT))
 
 from tools import check_format, check_layering  # noqa: E402
-from tools.build import BuildError, config, cuda, info, instances, ninja_file, rocm, torch_package  # noqa: E402
+from tools.build import BuildError, config, cuda, hip, info, instances, ninja_file, rocm, torch_package  # noqa: E402
 from tools.check_spills import parse_ptxas  # noqa: E402
 
 
@@ -164,6 +164,27 @@ class TestRocm:
         assert rocm.compiler_path({"ROCM_PATH": home, "PATH": path}) == f"{home}/bin/hipcc"
         assert rocm.compiler_path({"ROCM_PATH": "/nowhere", "PATH": path}) == f"{path}/hipcc"
         assert rocm.compiler_path({"ROCM_HOME": "/nowhere", "PATH": path}) is None
+
+    def test_auto_follows_a_rocm_torch(self, tmp_path):
+        make_program(tmp_path / "rocm/bin/hipcc", "HIP version: 7.2.1")
+        torch = make_torch(tmp_path / "torch", "2.10.0+rocm7.2.4", hip="7.2.53211")
+        found = config.from_environment({"FLASH_ATTENTION_TORCH": str(torch), "ROCM_HOME": str(tmp_path / "rocm")})
+        assert (found.backend, found.use_rtz) == ("hip", True)
+
+    @pytest.mark.parametrize(
+        ("flavour", "toolkit", "note"),
+        [
+            ("hip", "7.2.53211", None),
+            ("hip", "6.4.43484", "hipcc is of HIP 7, .* of HIP 6"),
+            ("cpu", "", "not for AMD"),
+        ],
+    )
+    def test_says_what_does_not_fit(self, tmp_path, monkeypatch, flavour, toolkit, note):
+        make_program(tmp_path / "bin/hipcc", "HIP version: 7.2.1")
+        monkeypatch.setenv("ROCM_HOME", str(tmp_path))
+        torch = torch_package.TorchPackage(tmp_path, "2.13.0", flavour, toolkit)
+        notes = hip.HipBackend(make_config(backend="hip", archs=("gfx90a",), torch=torch)).notes()
+        assert len(notes) == (note is not None) and (note is None or re.search(note, notes[0]))
 
     def test_torch_s_copy_of_the_runtime_is_linked(self, tmp_path):
         """Two copies in one process would not know each other's streams."""
