@@ -42,7 +42,7 @@ struct Backward {
   static constexpr int kRowsAt = kDqAt + 2 * kDqBytes, kBarriersAt = kRowsAt + kStages * kRowsBytes;
 
   struct Barriers {
-    Barrier keys_full, full[kStages], free[kStages], dq_full[2], dq_free[2];
+    Barrier keys_full, full[kStages], free[kStages], ds_full, dq_full[2], dq_free[2];
   };
   static constexpr int kSharedBytes = kBarriersAt + 128, kStashBytes = 0;
 
@@ -108,6 +108,7 @@ struct Backward {
         barriers.full[stage].init(1);
         barriers.free[stage].init(kWarps);
       }
+      barriers.ds_full.init(kWarps);
       for (int buffer = 0; buffer < 2; ++buffer) {
         barriers.dq_full[buffer].init(kWarps);
         barriers.dq_free[buffer].init(1);
@@ -243,6 +244,12 @@ struct Backward {
           visit<true>(step.stage, query, i, dk, dv);
         }
       }
+      barriers.ds_full.wait((steps - 1) % 2);
+      float dq[QueryGradient::kRegs];
+      multiply_queries(dq, ds_address((steps - 1) % 2));
+      wgmma_wait<0>();
+      hold(dq);
+      pass_on(dq, steps - 1);
     }
     write(dv, p.dv, 1.0f);
     write(dk, p.dk, float(p.softmax_scale));
@@ -282,16 +289,28 @@ struct Backward {
     Factor probabilities(scores);
     multiply_rows(dv, probabilities, do_address(stage));
 
+    // dQ is one step behind, so that a warpgroup need not wait here for the other's dS.
     Factor differences(gradient);
+    if (i > 0) barriers.ds_full.wait((i - 1) % 2);
     put(differences, ds_address(i % 2));
     fence_async_proxy();
-    sync_named(1, kComputing);
     float dq[QueryGradient::kRegs];
-    multiply_queries(dq, ds_address(i % 2));
+    multiply_queries(dq, ds_address((i - 1) & 1));  // for i = 0 of whatever is there
     multiply_rows(dk, differences, q_address(stage));
     wgmma_wait<1>();
     hold(dq);
     hold(dv.value);
+    if (i > 0) pass_on(dq, i - 1);
+    wgmma_wait<0>();
+    hold(dk.value);
+    if (first_lane()) {
+      barriers.free[stage].arrive();
+      barriers.ds_full.arrive();
+    }
+  }
+
+  // dQ's fragments to the warp that adds them up.
+  FA_DEVICE void pass_on(const float (&dq)[QueryGradient::kRegs], int i) {
     barriers.dq_free[i % 2].wait(i / 2 % 2 ^ 1);
     FA_UNROLL
     for (int reg = 0; reg < QueryGradient::kRegs; reg += 4) {
@@ -301,9 +320,6 @@ struct Backward {
     fence_async_proxy();
     __syncwarp();
     if (first_lane()) barriers.dq_full[i % 2].arrive();
-    wgmma_wait<0>();
-    hold(dk.value);
-    if (first_lane()) barriers.free[stage].arrive();
   }
 
   // c = rows x queries^T, for this warpgroup's 64 of the 128 rows.
