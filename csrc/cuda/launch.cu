@@ -94,8 +94,19 @@ const KernelInfo& find(const Queue& queue, KernelKind kind, DType dtype, int hea
   return *info;
 }
 
+// Whether one block can hold a row's running fold beside its tiles.
+bool stash_fits(const KernelInfo& kernel, const Queue& queue) {
+  return kernel.shared_bytes + kernel.stash_bytes <=
+         device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, queue);
+}
+
 const KernelInfo& forward_kernel(const ForwardParams& p, const Queue& queue) {
-  return find(queue, KernelKind::kForward, p.dtype, p.head_dim, is_modified(p) || p.s_dmask != nullptr);
+  const bool modified = is_modified(p) || p.s_dmask != nullptr;
+  const KernelInfo& kernel = find(queue, KernelKind::kForward, p.dtype, p.head_dim, modified);
+  const bool may_fold = p.split_size > 0 && p.num_splits <= 1 && p.seqlen_k > p.split_size;
+  if (modified || !may_fold || stash_fits(kernel, queue)) return kernel;
+  const KernelInfo& other = find(queue, KernelKind::kForward, p.dtype, p.head_dim, true);  // the same bits
+  return stash_fits(other, queue) ? other : kernel;
 }
 const KernelInfo& backward_kernel(const BackwardParams& p, const Queue& queue) {
   return find(queue, KernelKind::kBackward, p.dtype, p.head_dim, is_modified(p));
@@ -149,12 +160,6 @@ int64_t partial_rows(const ForwardParams& p) {
   return int64_t(p.num_splits) * p.batch * p.heads_q * p.seqlen_q;
 }
 
-// Whether one block can hold a row's running fold beside its tiles.
-bool stash_fits(const KernelInfo& kernel, const Queue& queue) {
-  return kernel.shared_bytes + kernel.stash_bytes <=
-         device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, queue);
-}
-
 // Whether the chunks' partial results stay within a tenth of the tensors: the mode may cost no more memory.
 bool partials_are_small(const ForwardParams& p, int chunks) {
   const int64_t tensors = 2 * (int64_t(p.total_q) * p.heads_q + int64_t(p.total_k) * p.heads_kv) * p.head_dim;
@@ -164,12 +169,12 @@ bool partials_are_small(const ForwardParams& p, int chunks) {
 
 Workspace plan_forward(ForwardParams& p, const Queue& queue) {
   check_rows(p);
+  p.num_splits = 1;
   const KernelInfo& kernel = forward_kernel(p, queue);
   if (p.split_size < 0 || p.split_size % kernel.block_n != 0) {
     throw std::invalid_argument("split_size must be a multiple of the key block " + std::to_string(kernel.block_n) +
                                 " of head_dim " + std::to_string(p.head_dim) + ", got " + std::to_string(p.split_size));
   }
-  p.num_splits = 1;
   const int group = p.heads_q / p.heads_kv;
   const int64_t keys_bytes = 2 * int64_t(p.seqlen_k) * p.head_dim * element_bytes(p.dtype);
   p.head_group = group * choose_head_group(keys_bytes, int64_t(p.heads_kv) * p.batch, queue);

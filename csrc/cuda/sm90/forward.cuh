@@ -33,21 +33,28 @@ struct Forward {
   using Rows = sm80::Rows<float, kM, kWarps>;
   using IntRows = sm80::Rows<int, kM, kWarps>;
 
-  static constexpr int kPanels = D / 64;
-  static constexpr int kQBytes = kM * D * 2, kKBytes = kN * D * 2;
+  // Tiles are panels of 64 columns, rows of 128 bytes.
+  static constexpr int kPanels = (D + 63) / 64;
   static constexpr int kQPanel = kM * 128, kKPanel = kN * 128;
+  static constexpr int kQBytes = kPanels * kQPanel, kKBytes = kPanels * kKPanel;
   static constexpr int kTileBytes = kQBytes + 2 * kStages * kKBytes;
-  static constexpr int kOutBytes = kM * D * 2;  // where a warp turns its rows' fragments into rows
-  static constexpr int kStash = kM * D * 4, kStashRows = 2 * kM * 4;
 
   struct Barriers {
-    Barrier q_full, q_free, k_full[kStages], k_free[kStages], v_full[kStages], v_free[kStages];
+    Barrier q_full[2], q_free[2], k_full[kStages], k_free[kStages], v_full[kStages], v_free[kStages];
   };
-  static constexpr int kBarrierBytes = 128, kMessageBytes = 128;
-  static constexpr int kSharedBytes = kTileBytes + kBarrierBytes + 2 * kMessageBytes + kOutBytes;
+  static constexpr int kMessages = 4, kMessageBytes = 96, kBarrierBytes = 128;
   static_assert(sizeof(Barriers) <= kBarrierBytes);
-  // The stash of a row with several chunks overlays the room for rows.
-  static constexpr int kStashBytes = kStash + kStashRows - kOutBytes;
+
+  // Behind the tiles: the next tile's Q and, at kOutAt, room in which a warp turns its rows' fragments into rows. A row
+  // with several chunks has the running fold's output there instead, and its rows' maxima and sums at kStashRowsAt.
+  static constexpr bool kAhead = Tuning::kAhead;  // is there room for all that?
+  static constexpr int kMoreAt = kTileBytes + (kBarrierBytes + kMessages * kMessageBytes + 1023) / 1024 * 1024;
+  static constexpr int kOutCols = D < 128 ? D : 128;  // that a warp turns at once
+  static constexpr int kOutBytes = 16 * ((kOutCols + 63) / 64) * 128;
+  static constexpr int kOutAt = kMoreAt + (kAhead ? kQBytes : 0), kStashRowsAt = kOutAt + kWarps * kOutBytes;
+  static constexpr int kSharedBytes = kStashRowsAt + (kAhead ? 2 * kM * 4 : 0);
+  static constexpr int kStashBytes = kAhead ? 0 : 1 << 20;  // more than there is
+  static_assert(!kAhead || kWarps * 16 * D * 4 <= kStashRowsAt - kMoreAt);
 
   struct Launched {
     ForwardParams p;
@@ -79,15 +86,16 @@ struct Forward {
         shared(shared),
         barriers(*reinterpret_cast<Barriers*>(shared + kTileBytes)) {}
 
-  FA_DEVICE char* scratch() const { return shared + kSharedBytes - kOutBytes; }
-  FA_DEVICE uint32_t q_address() const { return shared_address(shared); }
+  FA_DEVICE uint32_t q_address(int buffer) const { return shared_address(shared) + (buffer == 0 ? 0 : kMoreAt); }
   FA_DEVICE uint32_t k_address(int stage) const { return shared_address(shared) + kQBytes + stage * 2 * kKBytes; }
   FA_DEVICE uint32_t v_address(int stage) const { return k_address(stage) + kKBytes; }
 
   FA_DEVICE void run() {
     if (threadIdx.x == 0) {
-      barriers.q_full.init(1);
-      barriers.q_free.init(kWarps);
+      for (int buffer = 0; buffer < 2; ++buffer) {
+        barriers.q_full[buffer].init(1);
+        barriers.q_free[buffer].init(kWarps);
+      }
       for (int stage = 0; stage < kStages; ++stage) {
         barriers.k_full[stage].init(1);
         barriers.v_full[stage].init(1);
@@ -106,6 +114,9 @@ struct Forward {
     }
   }
 
+  // Whether rows may have several chunks: the next tile's Q then makes room for the fold.
+  FA_DEVICE bool may_fold() const { return p.split_size > 0 && p.num_splits == 1 && p.seqlen_k > p.split_size; }
+
   // What is to be done next. The producer works it out, ahead of those who compute.
   struct Tile {
     Work work;
@@ -122,10 +133,19 @@ struct Forward {
     }
     FA_DEVICE bool is_last() const { return work.query_begin < 0; }
   };
-  // In two places in turn: q_free says that nobody reads the one before last any more.
-  FA_DEVICE Tile& tile(uint32_t phase) const {
-    return *reinterpret_cast<Tile*>(shared + kTileBytes + kBarrierBytes + phase * kMessageBytes);
+  FA_DEVICE Tile& message(uint32_t number) const {
+    return *reinterpret_cast<Tile*>(shared + kTileBytes + kBarrierBytes + number % kMessages * kMessageBytes);
   }
+  static_assert(sizeof(Tile) <= kMessageBytes);
+
+  // Where the tile of that number has its Q, and the phase of its barriers.
+  struct QueryPlace {
+    int buffer;
+    uint32_t phase;
+    FA_DEVICE QueryPlace(uint32_t number, bool one)
+        : buffer(one ? 0 : int(number % 2)), phase((one ? number : number / 2) % 2) {}
+  };
+  FA_DEVICE QueryPlace query_place(uint32_t number) const { return QueryPlace(number, !kAhead || may_fold()); }
 
   // A place in a ring of stages: which stage, and which phase of its barriers.
   struct Place {
@@ -144,30 +164,30 @@ struct Forward {
     prefetch(launched.k);
     prefetch(launched.v);
     Place place;
-    uint32_t phase = 0;
+    uint32_t number = 0;
     const uint32_t tiles = uint32_t(Work::blocks(p));
     for (uint32_t round = 0; round * gridDim.x < tiles; ++round) {
       // Back and forth, so that no thread block gets the longest of every round.
       const uint32_t i = round * gridDim.x + (round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
       if (i >= tiles) continue;
       const Tile next(p, i);
-      if (!next.has_rows() && !next.clears(p)) continue;
-      barriers.q_free.wait(phase ^ 1);
-      tile(phase) = next;
-      load(next, place);
-      phase ^= 1;
+      if (next.has_rows() || next.clears(p)) load(next, number++, place);
     }
-    barriers.q_free.wait(phase ^ 1);
-    tile(phase).work.query_begin = -1;
-    barriers.q_full.arrive();
+    const QueryPlace last = query_place(number);
+    barriers.q_free[last.buffer].wait(last.phase ^ 1);
+    message(number).work.query_begin = -1;
+    barriers.q_full[last.buffer].arrive();
   }
 
-  FA_DEVICE void load(const Tile& next, Place& place) {
-    if (!next.has_keys()) return barriers.q_full.arrive();
+  FA_DEVICE void load(const Tile& next, uint32_t number, Place& place) {
+    const QueryPlace q = query_place(number);
+    barriers.q_free[q.buffer].wait(q.phase ^ 1);
+    message(number) = next;
+    if (!next.has_keys()) return barriers.q_full[q.buffer].arrive();
     const int batch = p.cu_seqlens_q ? 0 : next.work.batch, kv_head = next.work.head / (p.heads_q / p.heads_kv);
-    barriers.q_full.arrive_expecting(kQBytes);
+    barriers.q_full[q.buffer].arrive_expecting(kQBytes);
     for (int panel = 0; panel < kPanels; ++panel) {
-      load_box(q_address() + panel * kQPanel, launched.q, barriers.q_full, panel * 64,
+      load_box(q_address(q.buffer) + panel * kQPanel, launched.q, barriers.q_full[q.buffer], panel * 64,
                int(next.seq.first_q) + next.work.query_begin, next.work.head, batch);
     }
     for (int key = next.keys.begin; key < next.keys.end; key += kN) {
@@ -198,25 +218,6 @@ struct Forward {
   static FA_DEVICE int group() { return int(threadIdx.x) / 128; }
   static FA_DEVICE bool first_lane() { return threadIdx.x % 32 == 0; }
 
-  FA_DEVICE void consume() {
-    State state;
-    for (uint32_t phase = 0;; phase ^= 1) {
-      barriers.q_full.wait(phase);
-      const Tile& now = tile(phase);
-      if (now.is_last()) return;
-      if (now.clears(p)) clear_rows_of_no_sequence<T, Lanes>(p, now.work);
-      state.softmax.clear();
-      state.output.fill(0);
-      if (now.has_keys()) {
-        attend(now.work, now.seq, Mask(p, now.seq), now.keys, state);
-      } else {
-        if (first_lane()) barriers.q_free.arrive();
-        state.softmax.finish();
-      }
-      if (now.has_rows()) write(now.work, now.seq, state.output, state.softmax);
-    }
-  }
-
   // What a warpgroup carries along a tile's keys.
   struct State {
     Output output;
@@ -225,31 +226,65 @@ struct Forward {
     Place place;                  // of the last block
   };
 
-  FA_DEVICE void attend(const Work& work, const Sequence& seq, const Mask& mask, const VisibleKeys& keys,
-                        State& state) {
-    const bool folds = p.split_size > 0 && p.num_splits == 1 &&
-                       keys.begin / p.split_size != (keys.end - 1) / p.split_size;
-    // Keys behind a sequence's last may be another's: their values must not reach the multiply, where 0 * NaN is NaN.
-    const bool foreign = (p.cu_seqlens_q != nullptr || p.seqused_k != nullptr) && seq.len_k % kN != 0;
-    if (folds) clear_stash();
-    begin(work, mask, keys.begin, state);
+  FA_DEVICE void consume() {
+    State state;
+    bool begun = false;  // is the tile's first block behind us?
+    for (uint32_t number = 0;; ++number) {
+      const QueryPlace q = query_place(number);
+      barriers.q_full[q.buffer].wait(q.phase);
+      const Tile& now = message(number);
+      if (now.is_last()) return;
+      if (now.clears(p)) clear_rows_of_no_sequence<T, Lanes>(p, now.work);
+      if (!begun) {
+        state.softmax.clear();
+        state.output.fill(0);
+      }
+      if (!now.has_keys()) {
+        if (first_lane()) barriers.q_free[q.buffer].arrive();
+        state.softmax.finish();
+        if (now.has_rows()) write(now, state.output, state.softmax);
+        continue;
+      }
+      const bool folds = may_fold() && now.keys.begin / p.split_size != (now.keys.end - 1) / p.split_size;
+      if (folds) clear_stash();
+      if (!begun) begin(now, q.buffer, state);
+      walk(now, q.buffer, folds, state);
+      if (first_lane()) barriers.q_free[q.buffer].arrive();
+      begun = kAhead && !may_fold() && cross(now, number + 1, state);
+      if (!begun) end(now, folds, state);
+    }
+  }
 
-    int chunk_end = folds ? (keys.begin / p.split_size + 1) * p.split_size : keys.end;
-    for (int key = keys.begin + kN; key < keys.end; key += kN) {
+  // All blocks of keys but the first.
+  FA_DEVICE void walk(const Tile& now, int buffer, bool folds, State& state) {
+    const Mask mask(p, now.seq);
+    const int first_row = now.work.query_begin;
+    int chunk_end = folds ? (now.keys.begin / p.split_size + 1) * p.split_size : now.keys.end;
+    for (int key = now.keys.begin + kN; key < now.keys.end; key += kN) {
       if (key == chunk_end) {
-        step<true, true>(work, mask, key, state);
+        step<true, true>(mask, first_row, key, buffer, state);
         chunk_end += p.split_size;
-      } else if (!mask.all_visible(work.query_begin, work.query_begin + kM, key, key + kN)) {
-        step<true, false>(work, mask, key, state);
+      } else if (!mask.all_visible(first_row, first_row + kM, key, key + kN)) {
+        step<true, false>(mask, first_row, key, buffer, state);
       } else {
-        step<false, false>(work, mask, key, state);
+        step<false, false>(mask, first_row, key, buffer, state);
       }
     }
-    if (first_lane()) barriers.q_free.arrive();
+  }
 
+  // Waits for the last block's values. Behind a sequence's last key they may be another's, and must not reach the
+  // multiply, where 0 * NaN is NaN.
+  FA_DEVICE void await_last_values(const Tile& now, const Place& place) {
+    barriers.v_full[place.stage].wait(place.phase);
+    const bool foreign = p.cu_seqlens_q != nullptr || p.seqused_k != nullptr;
+    const int keys = now.seq.len_k - (now.keys.end - 1) / kN * kN;
+    if (foreign && keys < kN) clear_values(place.stage, keys);
+  }
+
+  // The last block's values, and what the tile leaves behind.
+  FA_DEVICE void end(const Tile& now, bool folds, State& state) {
     const int stage = state.place.stage;
-    barriers.v_full[stage].wait(state.place.phase);
-    if (foreign && seq.len_k <= (keys.end + kN - 1) / kN * kN) clear_values(stage, seq.len_k % kN);
+    await_last_values(now, state.place);
     multiply_values(state.output, state.probabilities, stage);
     wgmma_wait<0>();
     hold(state.output.value);
@@ -261,51 +296,86 @@ struct Forward {
     } else {
       state.softmax.finish();
     }
+    write(now, state.output, state.softmax);
+  }
+
+  // The same while the next tile's first scores are worked out; returns false, and does nothing, if it has no keys.
+  FA_DEVICE bool cross(const Tile& now, uint32_t number, State& state) {
+    const QueryPlace q = query_place(number);
+    barriers.q_full[q.buffer].wait(q.phase);
+    const Tile& next = message(number);
+    if (next.is_last() || !next.has_keys()) return false;
+    const Mask mask(p, next.seq);
+    const int row = next.work.query_begin, key = next.keys.begin;
+    const bool masked = !mask.all_visible(row, row + kM, key, key + kN);
+    Scores scores;
+    OnlineSoftmax<float, Rows> softmax;
+    softmax.clear();
+    Rows rescale;
+    const Place last = state.place;
+    state.place.step();
+    const int stage = state.place.stage;
+    await_last_values(now, last);
+    barriers.k_full[stage].wait(state.place.phase);
+    multiply_scores(scores, q.buffer, stage);
+    multiply_values(state.output, state.probabilities, last.stage);
+    wgmma_wait<1>();
+    hold(scores.value);
+    if (first_lane()) barriers.k_free[stage].arrive();
+    if (masked) hide(mask, row, key, scores);
+    softmax.raise_max(scores, scale_log2(), rescale);
+    softmax.exponentiate(scores, scale_log2());
+    wait_after(softmax, stage, state.place.phase);
+    hold(state.output.value);
+    if (first_lane()) barriers.v_free[last.stage].arrive();
+    state.probabilities.narrow(scores);
+    state.softmax.finish();
+    write(now, state.output, state.softmax);
+    state.output.fill(0);
+    state.softmax = softmax;
+    return true;
   }
 
   FA_DEVICE float scale_log2() const { return float(p.softmax_scale) * float(kLog2E); }
 
   // The first block of keys.
-  FA_DEVICE void begin(const Work& work, const Mask& mask, int key, State& state) {
+  FA_DEVICE void begin(const Tile& now, int buffer, State& state) {
+    const Mask mask(p, now.seq);
+    const int row = now.work.query_begin, key = now.keys.begin;
     Scores scores;
     Rows rescale;
     barriers.k_full[state.place.stage].wait(state.place.phase);
-    multiply_scores(scores, state.place.stage);
+    multiply_scores(scores, buffer, state.place.stage);
     wgmma_wait<0>();
     hold(scores.value);
     if (first_lane()) barriers.k_free[state.place.stage].arrive();
-    if (!mask.all_visible(work.query_begin, work.query_begin + kM, key, key + kN)) hide(mask, work, key, scores);
+    if (!mask.all_visible(row, row + kM, key, key + kN)) hide(mask, row, key, scores);
     state.softmax.raise_max(scores, scale_log2(), rescale);
     state.softmax.exponentiate(scores, scale_log2());
     state.probabilities.narrow(scores);
   }
 
-  // The next block's scores, while the last block's values are multiplied. No branches between issuing multiplies and
-  // waiting for them: the compiler waits early where there are.
+  // The next block's scores, while the last block's values are multiplied.
   template <bool MASKED, bool NEW_CHUNK>
-  FA_DEVICE void step(const Work& work, const Mask& mask, int key, State& state) {
+  FA_DEVICE void step(const Mask& mask, int row, int key, int buffer, State& state) {
     Scores scores;
     Rows rescale;
     const Place last = state.place;
     state.place.step();
     const int stage = state.place.stage;
     barriers.k_full[stage].wait(state.place.phase);
-    multiply_scores(scores, stage);
+    multiply_scores(scores, buffer, stage);
     barriers.v_full[last.stage].wait(last.phase);
     multiply_values(state.output, state.probabilities, last.stage);
     wgmma_wait<1>();
     hold(scores.value);
     if (first_lane()) barriers.k_free[stage].arrive();
-    if (MASKED) hide(mask, work, key, scores);
+    if (MASKED) hide(mask, row, key, scores);
     OnlineSoftmax<float, Rows> next = state.softmax;
     if (NEW_CHUNK) next.clear();
     next.raise_max(scores, scale_log2(), rescale);
     next.exponentiate(scores, scale_log2());
-    // The compiler would wait for the multiply before all this. It does not move a wait across a branch, nor know that
-    // sums are never negative: so this branch, on a barrier that is open, comes after them and before the wait.
-    const bool never = next.sum[0] == -1.0f || next.sum[1] == -1.0f;
-    barriers.k_full[stage].wait(state.place.phase ^ uint32_t(never));
-    wgmma_wait<0>();
+    wait_after(next, stage, state.place.phase);
     hold(state.output.value);
     if (NEW_CHUNK) {
       fold(state.output, state.softmax);
@@ -317,9 +387,18 @@ struct Forward {
     state.probabilities.narrow(scores);
   }
 
+  // Waits for all multiplies. The compiler would wait before the softmax. It does not move a wait across a branch, nor
+  // know that sums are never negative: so a branch, on a barrier that is open, comes after the softmax and before the
+  // wait.
+  FA_DEVICE void wait_after(const OnlineSoftmax<float, Rows>& softmax, int stage, uint32_t phase) {
+    const bool never = softmax.sum.value[0] == -1.0f || softmax.sum.value[1] == -1.0f;
+    barriers.k_full[stage].wait(phase ^ uint32_t(never));
+    wgmma_wait<0>();
+  }
+
   // scores = Q K^T
-  FA_DEVICE void multiply_scores(Scores& scores, int stage) {
-    const uint64_t q = descriptor(q_address() + group() * 64 * 128, 0), k = descriptor(k_address(stage), 0);
+  FA_DEVICE void multiply_scores(Scores& scores, int buffer, int stage) {
+    const uint64_t q = descriptor(q_address(buffer) + group() * 64 * 128, 0), k = descriptor(k_address(stage), 0);
     hold(scores.value);
     wgmma_fence();
     FA_UNROLL
@@ -344,16 +423,16 @@ struct Forward {
     wgmma_commit();
   }
 
-  FA_DEVICE void hide(const Mask& mask, const Work& work, int key, Scores& scores) {
+  FA_DEVICE void hide(const Mask& mask, int query, int key, Scores& scores) {
     if (mask.left >= 0) {
-      return for_each_hidden<Scores, IntRows>(mask, work.query_begin, key,
+      return for_each_hidden<Scores, IntRows>(mask, query, key,
                                               [&](int reg) { scores[reg] = -infinity<float>(); });
     }
     // Ends relative to a lane's first column: one comparison with a constant for each element.
     const int lane_col = int(threadIdx.x) % 4 * 2;
     IntRows end;
     IntRows::for_each([&](int slot, int row, bool) {
-      end[slot] = mask.row_end(work.query_begin + row) - key - lane_col;
+      end[slot] = mask.row_end(query + row) - key - lane_col;
     });
     Scores::for_each([&](int slot, int, int col, int reg) {
       if (col - lane_col >= end[slot]) scores[reg] = -infinity<float>();
@@ -372,15 +451,13 @@ struct Forward {
     sync_named(1 + group(), 128);
   }
 
-  // The running fold of chunks: each warp has its part of the scratch memory, in which its rows are turned later.
+  // The running fold of chunks: each warp has its part of the memory, in which its rows are turned later.
+  FA_DEVICE char* stash() const { return shared + kMoreAt + int(threadIdx.x) / 32 * (16 * D * 4); }
   FA_DEVICE float& stashed(int reg) {
-    float* mine = reinterpret_cast<float*>(scratch()) + int(threadIdx.x) / 32 * (16 * D) + int(threadIdx.x) % 32;
-    return mine[reg * 32];
+    return reinterpret_cast<float*>(stash())[reg * 32 + int(threadIdx.x) % 32];
   }
-  FA_DEVICE float& stashed_max(int row) { return reinterpret_cast<float*>(scratch() + kStash)[row]; }
+  FA_DEVICE float& stashed_max(int row) { return reinterpret_cast<float*>(shared + kStashRowsAt)[row]; }
   FA_DEVICE float& stashed_sum(int row) { return stashed_max(kM + row); }
-
-  FA_DEVICE bool stash_is_there() const { return p.split_size > 0 && p.num_splits == 1 && p.seqlen_k > p.split_size; }
 
   FA_DEVICE void clear_stash() {
     Rows::for_each([&](int, int row, bool owner) {
@@ -419,15 +496,19 @@ struct Forward {
     Output::for_each([&](int, int, int, int reg) { output[reg] = stashed(reg); });
   }
 
-  FA_DEVICE void write(const Work& work, const Sequence& seq, Output& output, OnlineSoftmax<float, Rows>& softmax) {
-    const int rows = min_int(kM, seq.len_q - work.query_begin);
+  FA_DEVICE void write(const Tile& tile, Output& output, OnlineSoftmax<float, Rows>& softmax) {
+    const Work& work = tile.work;
+    const int rows = min_int(kM, tile.seq.len_q - work.query_begin);
     if (p.num_splits > 1) return write_partial(p, work, rows, softmax, output);
-    normalise(p, work, seq, rows, 1.0f, softmax, output);
-
-    const int row = int(threadIdx.x) / 32 * 16;
-    write_rows<T, D>(output.value, scratch() + row * D * (stash_is_there() ? 4 : 2), 16 * 128,
-                     head_rows<T>(p.out, work.batch, work.head, seq.first_q + work.query_begin + row),
-                     p.out.row_stride, rows - row, p.head_dim);
+    normalise(p, work, tile.seq, rows, 1.0f, softmax, output);
+    const int warp = int(threadIdx.x) / 32, row = warp * 16;
+    char* const room = may_fold() ? stash() : shared + kOutAt + warp * kOutBytes;
+    T* out = head_rows<T>(p.out, work.batch, work.head, tile.seq.first_q + work.query_begin + row);
+    write_rows<T, kOutCols>(output.value, room, 16 * 128, out, p.out.row_stride, rows - row, p.head_dim);
+    if constexpr (D > kOutCols) {
+      write_rows<T, D - kOutCols>(output.value + kOutCols / 2, room, 16 * 128, out + kOutCols, p.out.row_stride,
+                                  rows - row, p.head_dim - kOutCols);
+    }
   }
 };
 

@@ -16,7 +16,7 @@ FA_DEVICE void store_matrices(uint32_t address, const uint32_t (&x)[4]) {
 // Writes the first `rows` of 16 rows of D columns to dst. They pass through `scratch`, the warp's own 16 rows of each
 // panel of 128 bytes a row, `panel_bytes` apart, so that device memory sees whole rows.
 template <class T, int D>
-FA_DEVICE void write_rows(const float (&value)[D / 2], char* scratch, int panel_bytes, T* dst, int64_t row_stride,
+FA_DEVICE void write_rows(const float* value, char* scratch, int panel_bytes, T* dst, int64_t row_stride,
                           int rows, int head_dim) {
   const int lane = int(threadIdx.x) % 32;
   const uint32_t base = sm80::shared_address(scratch);

@@ -8,22 +8,24 @@ namespace flash_attn {
 namespace sm90 {
 
 // 16-bit, no softcap, ALiBi, dropout and the like: what forward.cuh runs.
+template <int BLOCK_M, int BLOCK_N, bool AHEAD>
+struct ForwardRow {
+  static constexpr bool kCovered = true;
+  static constexpr int kBlockM = BLOCK_M, kBlockN = BLOCK_N, kStages = 2;
+  static constexpr bool kAhead = AHEAD;  // Q twice, so that a tile's end and the next one's begin overlap
+  // Of 65,536 registers: three warpgroups and the producer's, or two.
+  static constexpr int kProducerRegisters = BLOCK_M == 192 ? 32 : 24;
+  static constexpr int kConsumerRegisters = BLOCK_M == 192 ? 160 : 240;
+};
 template <int D>
 struct ForwardTuning {
   static constexpr bool kCovered = false;
 };
-template <>
-struct ForwardTuning<64> {
-  static constexpr bool kCovered = true;
-  static constexpr int kBlockM = 192, kBlockN = 128, kStages = 2;
-  static constexpr int kProducerRegisters = 32, kConsumerRegisters = 160;
-};
-template <>
-struct ForwardTuning<128> {
-  static constexpr bool kCovered = true;
-  static constexpr int kBlockM = 128, kBlockN = 128, kStages = 2;
-  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
-};
+template <> struct ForwardTuning<64> : ForwardRow<192, 128, true> {};
+template <> struct ForwardTuning<96> : ForwardRow<128, 128, true> {};
+template <> struct ForwardTuning<128> : ForwardRow<128, 128, true> {};
+template <> struct ForwardTuning<192> : ForwardRow<128, 64, false> {};
+template <> struct ForwardTuning<256> : ForwardRow<128, 64, false> {};
 
 template <int D>
 struct BackwardTuning {
@@ -43,6 +45,10 @@ struct BackwardTuning<128> {
 // sm80's main loops on Hopper: its tuning, but for the forward's key block and the fragments of dQ, as above.
 template <Kernel KERNEL, class T, int D, bool MODIFIED>
 struct Tuning : sm80::Tuning<KERNEL, T, D, MODIFIED> {};
+template <bool MODIFIED>
+struct Tuning<Kernel::kForward, Half, 96, MODIFIED> : sm80::ForwardTuning<128, 128, 8, 1> {};
+template <bool MODIFIED>
+struct Tuning<Kernel::kForward, BFloat16, 96, MODIFIED> : sm80::ForwardTuning<128, 128, 8, 1> {};
 template <bool MODIFIED>
 struct Tuning<Kernel::kForward, Half, 128, MODIFIED> : sm80::ForwardTuning<128, 128, 8, 1> {};
 template <bool MODIFIED>
