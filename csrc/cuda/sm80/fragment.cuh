@@ -101,7 +101,8 @@ struct Accumulator {
   }
 
   FA_DEVICE void max_rows(Rows<Scalar, M, WARPS_M>& rows) const {
-    fold_rows(rows, [](Scalar x, Scalar y) { return fmaxf(x, y); });
+    static_assert(kWarpsN == 1, "a row must lie in one warp");
+    for_each([&](int slot, int, int, int reg) { rows[slot] = fmaxf(rows[slot], value[reg]); });
     FA_UNROLL
     for (int slot = 0; slot < rows.kSlots; ++slot) {
       rows[slot] = fmaxf(rows[slot], __shfl_xor_sync(0xffffffffu, rows[slot], 1));
@@ -110,29 +111,8 @@ struct Accumulator {
   }
 
   FA_DEVICE void sum_rows(Rows<Scalar, M, WARPS_M>& rows) const {
-    fold_rows(rows, [](Scalar x, Scalar y) { return x + y; });
-  }
-
- private:
-  // rows[slot] = f(rows[slot], the slot's elements), in four chains, whose latencies overlap.
-  template <class F>
-  FA_DEVICE void fold_rows(Rows<Scalar, M, WARPS_M>& rows, F&& f) const {
     static_assert(kWarpsN == 1, "a row must lie in one warp");
-    FA_UNROLL
-    for (int slot = 0; slot < rows.kSlots; ++slot) {
-      const int m = slot / 2, e = slot % 2 * 2;
-      Scalar chain[4];
-      FA_UNROLL
-      for (int n = 0; n < kTilesN; ++n) {
-        const Scalar* x = tile(m, n) + e;
-        FA_UNROLL
-        for (int i = 0; i < 2; ++i) {
-          Scalar& y = chain[n % 2 * 2 + i];
-          y = n < 2 ? x[i] : f(y, x[i]);
-        }
-      }
-      rows[slot] = f(rows[slot], f(f(chain[0], chain[1]), f(chain[2], chain[3])));
-    }
+    for_each([&](int slot, int, int, int reg) { rows[slot] += value[reg]; });
   }
 };
 

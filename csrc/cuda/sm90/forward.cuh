@@ -40,21 +40,18 @@ struct Forward {
   static constexpr int kTileBytes = kQBytes + 2 * kStages * kKBytes;
 
   struct Barriers {
-    Barrier q_full[2], q_free[2], k_full[kStages], k_free[kStages], v_full[kStages], v_free[kStages];
+    Barrier q_full, q_free, k_full[kStages], k_free[kStages], v_full[kStages], v_free[kStages];
   };
-  static constexpr int kMessages = 4, kMessageBytes = 96, kBarrierBytes = 128;
+  static constexpr int kMessageBytes = 128, kBarrierBytes = 128;
   static_assert(sizeof(Barriers) <= kBarrierBytes);
 
-  // Behind the tiles: the next tile's Q and, at kOutAt, room in which a warp turns its rows' fragments into rows. A row
-  // with several chunks has the running fold's output there instead, and its rows' maxima and sums at kStashRowsAt.
-  static constexpr bool kAhead = Tuning::kAhead;  // is there room for all that?
-  static constexpr int kMoreAt = kTileBytes + (kBarrierBytes + kMessages * kMessageBytes + 1023) / 1024 * 1024;
+  // Behind the tiles: room in which a warp turns its rows' fragments into rows. A row with several chunks has the
+  // running fold's output there as well, and its maximum and sum.
+  static constexpr int kRoomAt = kTileBytes + kBarrierBytes + 2 * kMessageBytes;
   static constexpr int kOutCols = D < 128 ? D : 128;  // that a warp turns at once
-  static constexpr int kOutBytes = 16 * ((kOutCols + 63) / 64) * 128;
-  static constexpr int kOutAt = kMoreAt + (kAhead ? kQBytes : 0), kStashRowsAt = kOutAt + kWarps * kOutBytes;
-  static constexpr int kSharedBytes = kStashRowsAt + (kAhead ? 2 * kM * 4 : 0);
-  static constexpr int kStashBytes = kAhead ? 0 : 1 << 20;  // more than there is
-  static_assert(!kAhead || kWarps * 16 * D * 4 <= kStashRowsAt - kMoreAt);
+  static constexpr int kOutBytes = 16 * ((kOutCols + 63) / 64) * 128, kStash = 16 * D * 4;  // of a warp
+  static constexpr int kSharedBytes = kRoomAt + kWarps * kOutBytes;
+  static constexpr int kStashBytes = kWarps * (kStash - kOutBytes) + 2 * kM * 4;
 
   struct Launched {
     ForwardParams p;
@@ -86,16 +83,14 @@ struct Forward {
         shared(shared),
         barriers(*reinterpret_cast<Barriers*>(shared + kTileBytes)) {}
 
-  FA_DEVICE uint32_t q_address(int buffer) const { return shared_address(shared) + (buffer == 0 ? 0 : kMoreAt); }
+  FA_DEVICE uint32_t q_address() const { return shared_address(shared); }
   FA_DEVICE uint32_t k_address(int stage) const { return shared_address(shared) + kQBytes + stage * 2 * kKBytes; }
   FA_DEVICE uint32_t v_address(int stage) const { return k_address(stage) + kKBytes; }
 
   FA_DEVICE void run() {
     if (threadIdx.x == 0) {
-      for (int buffer = 0; buffer < 2; ++buffer) {
-        barriers.q_full[buffer].init(1);
-        barriers.q_free[buffer].init(kWarps);
-      }
+      barriers.q_full.init(1);
+      barriers.q_free.init(kWarps);
       for (int stage = 0; stage < kStages; ++stage) {
         barriers.k_full[stage].init(1);
         barriers.v_full[stage].init(1);
@@ -114,7 +109,7 @@ struct Forward {
     }
   }
 
-  // Whether rows may have several chunks: the next tile's Q then makes room for the fold.
+  // Whether rows may have several chunks; then there is a stash.
   FA_DEVICE bool may_fold() const { return p.split_size > 0 && p.num_splits == 1 && p.seqlen_k > p.split_size; }
 
   // What is to be done next. The producer works it out, ahead of those who compute.
@@ -133,19 +128,11 @@ struct Forward {
     }
     FA_DEVICE bool is_last() const { return work.query_begin < 0; }
   };
-  FA_DEVICE Tile& message(uint32_t number) const {
-    return *reinterpret_cast<Tile*>(shared + kTileBytes + kBarrierBytes + number % kMessages * kMessageBytes);
+  // In two places in turn: q_free says that nobody reads the one before last any more.
+  FA_DEVICE Tile& message(uint32_t phase) const {
+    return *reinterpret_cast<Tile*>(shared + kTileBytes + kBarrierBytes + phase * kMessageBytes);
   }
   static_assert(sizeof(Tile) <= kMessageBytes);
-
-  // Where the tile of that number has its Q, and the phase of its barriers.
-  struct QueryPlace {
-    int buffer;
-    uint32_t phase;
-    FA_DEVICE QueryPlace(uint32_t number, bool one)
-        : buffer(one ? 0 : int(number % 2)), phase((one ? number : number / 2) % 2) {}
-  };
-  FA_DEVICE QueryPlace query_place(uint32_t number) const { return QueryPlace(number, !kAhead || may_fold()); }
 
   // A place in a ring of stages: which stage, and which phase of its barriers.
   struct Place {
@@ -164,30 +151,30 @@ struct Forward {
     prefetch(launched.k);
     prefetch(launched.v);
     Place place;
-    uint32_t number = 0;
+    uint32_t phase = 0;
     const uint32_t tiles = uint32_t(Work::blocks(p));
     for (uint32_t round = 0; round * gridDim.x < tiles; ++round) {
       // Back and forth, so that no thread block gets the longest of every round.
       const uint32_t i = round * gridDim.x + (round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
       if (i >= tiles) continue;
       const Tile next(p, i);
-      if (next.has_rows() || next.clears(p)) load(next, number++, place);
+      if (!next.has_rows() && !next.clears(p)) continue;
+      barriers.q_free.wait(phase ^ 1);
+      message(phase) = next;
+      load(next, place);
+      phase ^= 1;
     }
-    const QueryPlace last = query_place(number);
-    barriers.q_free[last.buffer].wait(last.phase ^ 1);
-    message(number).work.query_begin = -1;
-    barriers.q_full[last.buffer].arrive();
+    barriers.q_free.wait(phase ^ 1);
+    message(phase).work.query_begin = -1;
+    barriers.q_full.arrive();
   }
 
-  FA_DEVICE void load(const Tile& next, uint32_t number, Place& place) {
-    const QueryPlace q = query_place(number);
-    barriers.q_free[q.buffer].wait(q.phase ^ 1);
-    message(number) = next;
-    if (!next.has_keys()) return barriers.q_full[q.buffer].arrive();
+  FA_DEVICE void load(const Tile& next, Place& place) {
+    if (!next.has_keys()) return barriers.q_full.arrive();
     const int batch = p.cu_seqlens_q ? 0 : next.work.batch, kv_head = next.work.head / (p.heads_q / p.heads_kv);
-    barriers.q_full[q.buffer].arrive_expecting(kQBytes);
+    barriers.q_full.arrive_expecting(kQBytes);
     for (int panel = 0; panel < kPanels; ++panel) {
-      load_box(q_address(q.buffer) + panel * kQPanel, launched.q, barriers.q_full[q.buffer], panel * 64,
+      load_box(q_address() + panel * kQPanel, launched.q, barriers.q_full, panel * 64,
                int(next.seq.first_q) + next.work.query_begin, next.work.head, batch);
     }
     for (int key = next.keys.begin; key < next.keys.end; key += kN) {
@@ -228,46 +215,41 @@ struct Forward {
 
   FA_DEVICE void consume() {
     State state;
-    bool begun = false;  // is the tile's first block behind us?
-    for (uint32_t number = 0;; ++number) {
-      const QueryPlace q = query_place(number);
-      barriers.q_full[q.buffer].wait(q.phase);
-      const Tile& now = message(number);
+    for (uint32_t phase = 0;; phase ^= 1) {
+      barriers.q_full.wait(phase);
+      const Tile& now = message(phase);
       if (now.is_last()) return;
       if (now.clears(p)) clear_rows_of_no_sequence<T, Lanes>(p, now.work);
-      if (!begun) {
-        state.softmax.clear();
-        state.output.fill(0);
-      }
-      if (!now.has_keys()) {
-        if (first_lane()) barriers.q_free[q.buffer].arrive();
+      state.softmax.clear();
+      state.output.fill(0);
+      if (now.has_keys()) {
+        const bool folds = may_fold() && now.keys.begin / p.split_size != (now.keys.end - 1) / p.split_size;
+        if (folds) clear_stash();
+        begin(now, state);
+        walk(now, folds, state);
+        if (first_lane()) barriers.q_free.arrive();
+        end(now, folds, state);
+      } else {
+        if (first_lane()) barriers.q_free.arrive();
         state.softmax.finish();
-        if (now.has_rows()) write(now, state.output, state.softmax);
-        continue;
       }
-      const bool folds = may_fold() && now.keys.begin / p.split_size != (now.keys.end - 1) / p.split_size;
-      if (folds) clear_stash();
-      if (!begun) begin(now, q.buffer, state);
-      walk(now, q.buffer, folds, state);
-      if (first_lane()) barriers.q_free[q.buffer].arrive();
-      begun = kAhead && !may_fold() && cross(now, number + 1, state);
-      if (!begun) end(now, folds, state);
+      if (now.has_rows()) write(now, state.output, state.softmax);
     }
   }
 
   // All blocks of keys but the first.
-  FA_DEVICE void walk(const Tile& now, int buffer, bool folds, State& state) {
+  FA_DEVICE void walk(const Tile& now, bool folds, State& state) {
     const Mask mask(p, now.seq);
     const int first_row = now.work.query_begin;
     int chunk_end = folds ? (now.keys.begin / p.split_size + 1) * p.split_size : now.keys.end;
     for (int key = now.keys.begin + kN; key < now.keys.end; key += kN) {
       if (key == chunk_end) {
-        step<true, true>(mask, first_row, key, buffer, state);
+        step<true, true>(mask, first_row, key, state);
         chunk_end += p.split_size;
       } else if (!mask.all_visible(first_row, first_row + kM, key, key + kN)) {
-        step<true, false>(mask, first_row, key, buffer, state);
+        step<true, false>(mask, first_row, key, state);
       } else {
-        step<false, false>(mask, first_row, key, buffer, state);
+        step<false, false>(mask, first_row, key, state);
       }
     }
   }
@@ -281,7 +263,7 @@ struct Forward {
     if (foreign && keys < kN) clear_values(place.stage, keys);
   }
 
-  // The last block's values, and what the tile leaves behind.
+  // The last block's values.
   FA_DEVICE void end(const Tile& now, bool folds, State& state) {
     const int stage = state.place.stage;
     await_last_values(now, state.place);
@@ -296,56 +278,18 @@ struct Forward {
     } else {
       state.softmax.finish();
     }
-    write(now, state.output, state.softmax);
-  }
-
-  // The same while the next tile's first scores are worked out; returns false, and does nothing, if it has no keys.
-  FA_DEVICE bool cross(const Tile& now, uint32_t number, State& state) {
-    const QueryPlace q = query_place(number);
-    barriers.q_full[q.buffer].wait(q.phase);
-    const Tile& next = message(number);
-    if (next.is_last() || !next.has_keys()) return false;
-    const Mask mask(p, next.seq);
-    const int row = next.work.query_begin, key = next.keys.begin;
-    const bool masked = !mask.all_visible(row, row + kM, key, key + kN);
-    Scores scores;
-    OnlineSoftmax<float, Rows> softmax;
-    softmax.clear();
-    Rows rescale;
-    const Place last = state.place;
-    state.place.step();
-    const int stage = state.place.stage;
-    await_last_values(now, last);
-    barriers.k_full[stage].wait(state.place.phase);
-    multiply_scores(scores, q.buffer, stage);
-    multiply_values(state.output, state.probabilities, last.stage);
-    wgmma_wait<1>();
-    hold(scores.value);
-    if (first_lane()) barriers.k_free[stage].arrive();
-    if (masked) hide(mask, row, key, scores);
-    softmax.raise_max(scores, scale_log2(), rescale);
-    softmax.exponentiate(scores, scale_log2());
-    wait_after(softmax, stage, state.place.phase);
-    hold(state.output.value);
-    if (first_lane()) barriers.v_free[last.stage].arrive();
-    state.probabilities.narrow(scores);
-    state.softmax.finish();
-    write(now, state.output, state.softmax);
-    state.output.fill(0);
-    state.softmax = softmax;
-    return true;
   }
 
   FA_DEVICE float scale_log2() const { return float(p.softmax_scale) * float(kLog2E); }
 
   // The first block of keys.
-  FA_DEVICE void begin(const Tile& now, int buffer, State& state) {
+  FA_DEVICE void begin(const Tile& now, State& state) {
     const Mask mask(p, now.seq);
     const int row = now.work.query_begin, key = now.keys.begin;
     Scores scores;
     Rows rescale;
     barriers.k_full[state.place.stage].wait(state.place.phase);
-    multiply_scores(scores, buffer, state.place.stage);
+    multiply_scores(scores, state.place.stage);
     wgmma_wait<0>();
     hold(scores.value);
     if (first_lane()) barriers.k_free[state.place.stage].arrive();
@@ -357,14 +301,14 @@ struct Forward {
 
   // The next block's scores, while the last block's values are multiplied.
   template <bool MASKED, bool NEW_CHUNK>
-  FA_DEVICE void step(const Mask& mask, int row, int key, int buffer, State& state) {
+  FA_DEVICE void step(const Mask& mask, int row, int key, State& state) {
     Scores scores;
     Rows rescale;
     const Place last = state.place;
     state.place.step();
     const int stage = state.place.stage;
     barriers.k_full[stage].wait(state.place.phase);
-    multiply_scores(scores, buffer, stage);
+    multiply_scores(scores, stage);
     barriers.v_full[last.stage].wait(last.phase);
     multiply_values(state.output, state.probabilities, last.stage);
     wgmma_wait<1>();
@@ -397,8 +341,8 @@ struct Forward {
   }
 
   // scores = Q K^T
-  FA_DEVICE void multiply_scores(Scores& scores, int buffer, int stage) {
-    const uint64_t q = descriptor(q_address(buffer) + group() * 64 * 128, 0), k = descriptor(k_address(stage), 0);
+  FA_DEVICE void multiply_scores(Scores& scores, int stage) {
+    const uint64_t q = descriptor(q_address() + group() * 64 * 128, 0), k = descriptor(k_address(stage), 0);
     hold(scores.value);
     wgmma_fence();
     FA_UNROLL
@@ -452,11 +396,11 @@ struct Forward {
   }
 
   // The running fold of chunks: each warp has its part of the memory, in which its rows are turned later.
-  FA_DEVICE char* stash() const { return shared + kMoreAt + int(threadIdx.x) / 32 * (16 * D * 4); }
+  FA_DEVICE char* room(int bytes_of_warp) const { return shared + kRoomAt + int(threadIdx.x) / 32 * bytes_of_warp; }
   FA_DEVICE float& stashed(int reg) {
-    return reinterpret_cast<float*>(stash())[reg * 32 + int(threadIdx.x) % 32];
+    return reinterpret_cast<float*>(room(kStash))[reg * 32 + int(threadIdx.x) % 32];
   }
-  FA_DEVICE float& stashed_max(int row) { return reinterpret_cast<float*>(shared + kStashRowsAt)[row]; }
+  FA_DEVICE float& stashed_max(int row) { return reinterpret_cast<float*>(shared + kRoomAt + kWarps * kStash)[row]; }
   FA_DEVICE float& stashed_sum(int row) { return stashed_max(kM + row); }
 
   FA_DEVICE void clear_stash() {
@@ -501,8 +445,8 @@ struct Forward {
     const int rows = min_int(kM, tile.seq.len_q - work.query_begin);
     if (p.num_splits > 1) return write_partial(p, work, rows, softmax, output);
     normalise(p, work, tile.seq, rows, 1.0f, softmax, output);
-    const int warp = int(threadIdx.x) / 32, row = warp * 16;
-    char* const room = may_fold() ? stash() : shared + kOutAt + warp * kOutBytes;
+    const int row = int(threadIdx.x) / 32 * 16;
+    char* const room = this->room(may_fold() ? kStash : kOutBytes);
     T* out = head_rows<T>(p.out, work.batch, work.head, tile.seq.first_q + work.query_begin + row);
     write_rows<T, kOutCols>(output.value, room, 16 * 128, out, p.out.row_stride, rows - row, p.head_dim);
     if constexpr (D > kOutCols) {

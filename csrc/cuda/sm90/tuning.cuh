@@ -8,11 +8,10 @@ namespace flash_attn {
 namespace sm90 {
 
 // 16-bit, no softcap, ALiBi, dropout and the like: what forward.cuh runs.
-template <int BLOCK_M, int BLOCK_N, bool AHEAD>
+template <int BLOCK_M, int BLOCK_N>
 struct ForwardRow {
   static constexpr bool kCovered = true;
   static constexpr int kBlockM = BLOCK_M, kBlockN = BLOCK_N, kStages = 2;
-  static constexpr bool kAhead = AHEAD;  // Q twice, so that a tile's end and the next one's begin overlap
   // Of 65,536 registers: three warpgroups and the producer's, or two.
   static constexpr int kProducerRegisters = BLOCK_M == 192 ? 32 : 24;
   static constexpr int kConsumerRegisters = BLOCK_M == 192 ? 160 : 240;
@@ -21,11 +20,11 @@ template <int D>
 struct ForwardTuning {
   static constexpr bool kCovered = false;
 };
-template <> struct ForwardTuning<64> : ForwardRow<192, 128, true> {};
-template <> struct ForwardTuning<96> : ForwardRow<128, 128, true> {};
-template <> struct ForwardTuning<128> : ForwardRow<128, 128, true> {};
-template <> struct ForwardTuning<192> : ForwardRow<128, 64, false> {};
-template <> struct ForwardTuning<256> : ForwardRow<128, 64, false> {};
+template <> struct ForwardTuning<64> : ForwardRow<192, 128> {};
+template <> struct ForwardTuning<96> : ForwardRow<128, 128> {};
+template <> struct ForwardTuning<128> : ForwardRow<128, 128> {};
+template <> struct ForwardTuning<192> : ForwardRow<128, 64> {};
+template <> struct ForwardTuning<256> : ForwardRow<128, 64> {};
 
 template <int D>
 struct BackwardTuning {
