@@ -28,6 +28,11 @@ struct Workspace {
   size_t bytes;
 };
 
+// What a backend says where the mode would change the arithmetic and its kernels were left out.
+constexpr const char* kNoPerformanceMode =
+    "FLASH_ATTENTION_INTERNAL_PERFORMANCE_MODE: must not be 1, as this build has no kernels that round toward zero "
+    "(unset it, or rebuild with FLASH_ATTENTION_INTERNAL_USE_RTZ=1)";
+
 struct Backend {
   const char* name;  // "cpu", "cuda", "hip"
 

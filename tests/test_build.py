@@ -1,9 +1,10 @@
-"""The build: what it reads, what it generates, and the checks that CI runs. Nothing here compiles a kernel."""
+"""The build: what it reads, what it generates, and the checks that CI runs. One test compiles a few kernels."""
 
 import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -18,7 +19,19 @@ if not (ROOT / "tools/build").is_dir():
 sys.path.insert(0, str(ROOT))
 
 from tools import check_format, check_layering  # noqa: E402
-from tools.build import BuildError, config, cuda, hip, info, instances, ninja_file, rocm, torch_package  # noqa: E402
+from tools.build import (  # noqa: E402
+    BuildError,
+    build,
+    config,
+    cuda,
+    hip,
+    info,
+    install,
+    instances,
+    ninja_file,
+    rocm,
+    torch_package,
+)
 from tools.check_spills import parse_ptxas  # noqa: E402
 
 
@@ -239,6 +252,23 @@ class TestInstances:
         assert {row.family.name for row in rows} == {family.name for family in instances.FAMILIES}
         assert all(row.dtype == "bf16" and row.head_dim in (0, 64) for row in rows)
 
+    def test_performance_mode(self):
+        """Its instances: the 16-bit ones of what multiplies, where the mode changes anything, and only if wanted."""
+        without = make_config(use_rtz=False)
+        for machine in instances.MACHINES:
+            all_rows, plain = (list(instances.instances(machine, chosen)) for chosen in (make_config(), without))
+            rows = [row for row in all_rows if row.performance]
+            assert [row for row in all_rows if not row.performance] == plain
+            assert bool(rows) == machine.has_performance_mode == (machine.backend != "cuda")
+            sizes = set(machine.head_dims) if rows else set()
+            for family in instances.FAMILIES:
+                for dtype in family.performance:
+                    chosen = [row for row in rows if (row.family, row.dtype) == (family, dtype)]
+                    assert {row.head_dim for row in chosen} == sizes
+                    assert not family.by_modified or {row.head_dim for row in chosen if row.modified} == sizes
+            assert {row.dtype for row in rows} <= {"fp16", "bf16"}
+            assert all("PerformanceMode<" in row.template for row in rows)
+
     def test_families_are_the_registry_s(self):
         header = (ROOT / "csrc/core/registry.h").read_text()
         match = re.search(r"enum class KernelKind[^{]*\{([^}]*)\}", header)
@@ -373,6 +403,46 @@ class TestBinary:
         library.require()
         assert json.loads(torch.ops.flash_attn.build_info()) == record.BUILD_INFO
         assert record.BUILD_INFO["version"] == info.package_version(ROOT)
+
+    def test_without_the_performance_mode(self, tmp_path):
+        """FLASH_ATTENTION_INTERNAL_USE_RTZ=0: the build says so, and 16-bit calls in the mode raise."""
+
+        class Elsewhere(config.Config):
+            folder = tmp_path / "build"
+
+        subset = {"fp16": (64,), "bf16": (64,), "fp32": (64,)}
+        made = Elsewhere("cpu", torch_package.find_torch(), ("generic",), subset, use_rtz=False, jobs=2)
+        package = tmp_path / "flash_attn"
+        shutil.copytree(ROOT / "flash_attn", package, ignore=shutil.ignore_patterns("_C.*", "_build_info.py"))
+        install(*build(made), package)
+        script = tmp_path / "script.py"
+        script.write_text(self.WITHOUT_RTZ)
+        environment = {**os.environ, "FLASH_ATTENTION_INTERNAL_PERFORMANCE_MODE": "1"}
+        result = subprocess.run([sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        assert "left out" in result.stdout
+
+    WITHOUT_RTZ = """
+import os, torch
+from flash_attn import flash_attn_func
+from flash_attn.__main__ import main
+
+for dtype in (torch.float16, torch.bfloat16):
+    x = torch.randn(1, 5, 2, 64).to(dtype).requires_grad_()
+    try:
+        flash_attn_func(x, x, x)
+    except ValueError as error:
+        assert "USE_RTZ=1" in str(error) and "PERFORMANCE_MODE" in str(error), error
+    else:
+        raise SystemExit("nothing was raised")
+    os.environ["FLASH_ATTENTION_INTERNAL_PERFORMANCE_MODE"] = "0"
+    out = flash_attn_func(x, x, x)
+    out.sum().backward()
+    os.environ["FLASH_ATTENTION_INTERNAL_PERFORMANCE_MODE"] = "1"
+x = torch.randn(1, 5, 2, 64)
+assert flash_attn_func(x, x, x).isfinite().all()
+main(["info"])
+"""
 
     def test_wheel(self, tmp_path):
         """`pip wheel`, without isolation, of what is already compiled."""

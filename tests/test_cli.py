@@ -13,7 +13,7 @@ from helpers import DEVICES
 
 from flash_attn import _library, deterministic_mode, modes
 from flash_attn.__main__ import main
-from flash_attn.cli import correctness, devices, invariance, measure, model, plot, terminal, text
+from flash_attn.cli import correctness, devices, info, invariance, measure, model, plot, terminal, text
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -68,7 +68,10 @@ def test_info_shows_the_modes(monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert "deterministic on (split_size 256)" in shown
     assert "performance   on" in shown and f"{modes.PERFORMANCE_VARIABLE}=1" in shown
-    assert "changes nothing here" in shown
+    has_rtz = devices.build_info()["rtz"]
+    assert f"cpu: {info.performance_mode('cpu', has_rtz)}" in shown
+    assert "toward zero" in info.performance_mode("cpu", True) and "raise" in info.performance_mode("hip", False)
+    assert "changes nothing here" in info.performance_mode("cuda", True)
 
 
 def test_info_lists_the_key_blocks_that_the_kernels_use(capsys):
@@ -93,6 +96,18 @@ def test_verify_passes(few_checks, capsys, device):
     assert "all passed" in shown and "DIFFER" not in shown
     for guarantee in ("run_to_run", "batch_invariant", "schedule_invariant"):
         assert shown.count(guarantee) >= 2  # one for each dtype at least
+
+
+def test_verify_passes_in_the_performance_mode(monkeypatch, capsys):
+    if not devices.build_info()["rtz"]:
+        pytest.skip("built with FLASH_ATTENTION_INTERNAL_USE_RTZ=0")
+    monkeypatch.setenv(modes.PERFORMANCE_VARIABLE, "1")
+    device = torch.device("cpu")
+    for dtype in (torch.float16, torch.bfloat16):
+        assert all(row.passed for case in correctness.FEATURES for row in correctness.check(case, dtype, device))
+    # Measured by float16 itself the same results fail: the mode is on.
+    monkeypatch.setattr(correctness, "product_dtype", lambda dtype, device: dtype)
+    assert not all(row.passed for row in correctness.check(correctness.FEATURES[0], torch.float16, device))
 
 
 def test_verify_sees_a_wrong_output(few_checks, monkeypatch, capsys):

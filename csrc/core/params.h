@@ -11,6 +11,8 @@ namespace flash_attn {
 
 enum class DType : int8_t { kFloat16, kBFloat16, kFloat32, kFloat64 };
 
+constexpr bool is_16_bit(DType dtype) { return dtype == DType::kFloat16 || dtype == DType::kBFloat16; }
+
 constexpr int kMaxHeadDim = 256;
 
 // [batch, seq, heads, dim]; the dim stride is always 1.
@@ -51,7 +53,7 @@ struct AttentionParams {
   const int64_t* rng_state;       // [2] seed and offset, in device memory; null when dropout_p == 0
 
   DType dtype;
-  bool performance_mode;          // bf16 multiplies for fp16 data, P and dS narrowed toward zero
+  bool performance_mode;          // 16-bit data: multiplied in bf16, P and dS narrowed toward zero
   bool aligned;                   // every pointer and stride of q k v out (dout) allows 16-byte access
   // Launch order, no bits depend on it: blocks of this many heads (query heads in the forward, KV heads in the
   // backward) are interleaved, the longest first. Filled by the backend; at least 1.

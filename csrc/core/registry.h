@@ -17,9 +17,11 @@ struct KernelKey {
   DType dtype;
   int head_dim = 0;       // padded up to a compiled size
   bool modified = false;  // softcap, ALiBi, dropout, s_dmask or an unusual scale are compiled in
+  bool performance = false;  // the performance mode's arithmetic
 
   bool operator==(const KernelKey& other) const {
-    return kind == other.kind && dtype == other.dtype && head_dim == other.head_dim && modified == other.modified;
+    return kind == other.kind && dtype == other.dtype && head_dim == other.head_dim && modified == other.modified &&
+           performance == other.performance;
   }
 };
 
@@ -44,6 +46,7 @@ struct KernelTable {
   const char* machine;
   const KernelInfo* const* kernels;
   int count;
+  bool has_performance_mode;  // the mode changes 16-bit arithmetic on this machine, be it compiled or not
 
   // Null where that key was not compiled.
   const KernelInfo* find(const KernelKey& key) const {

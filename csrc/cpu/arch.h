@@ -12,7 +12,7 @@ namespace flash_attn {
 namespace FA_ISA {
 
 // What is WARPS on machines that have them is here the layout of the accumulators; kernels without any pass any number.
-template <int LAYOUT, Rounding R>
+template <int LAYOUT>
 struct Block {
   static constexpr int kThreads = 1;
   static constexpr bool kLoadsThroughRegisters = false;
@@ -20,13 +20,13 @@ struct Block {
   static constexpr bool kRowMajor = kLayout == kColsInVectors;
 
   template <class T, int ROWS, int COLS, unsigned USES>
-  using Tile = FA_ISA::Tile<T, ROWS, COLS, USES, kLayout, R>;
+  using Tile = FA_ISA::Tile<T, ROWS, COLS, USES, kLayout>;
   template <class Scalar, int M, int N, int>
   using Accumulator = FA_ISA::Accumulator<Scalar, M, N, kLayout>;
   template <class Scalar, int M, int>
   using Rows = FA_ISA::Rows<Scalar, M>;
   template <class T, int M, int K, int>
-  using Operand = FA_ISA::Operand<T, M, K, R>;
+  using Operand = FA_ISA::Operand<T, M, K>;
   template <class A>
   using Stash = FA_ISA::Stash<A>;
 
@@ -37,41 +37,41 @@ struct Block {
   static FA_INLINE void sync() {}
 
   template <class C, class T, int M, int N, int D, unsigned USES_A, unsigned USES_B>
-  static FA_INLINE void multiply_nt(C& c, const FA_ISA::Tile<T, M, D, USES_A, kLayout, R>& a,
-                                    const FA_ISA::Tile<T, N, D, USES_B, kLayout, R>& b) {
-    constexpr int kPer = Factor<T>::kPerUnit, kLine = D / kPer;
+  static FA_INLINE void multiply_nt(C& c, const FA_ISA::Tile<T, M, D, USES_A, kLayout>& a,
+                                    const FA_ISA::Tile<T, N, D, USES_B, kLayout>& b) {
+    constexpr int kPer = Factor<FactorOf<T>>::kPerUnit, kLine = D / kPer;
     c.set_extents(a.rows(), b.rows());
     if constexpr (kRowMajor) {
-      multiply_block<T, false>(c.data(), C::kStride, a.plain(), kLine, b.columns(), N, a.rows(), b.rows(),
+      multiply_block<FactorOf<T>, false>(c.data(), C::kStride, a.plain(), kLine, b.columns(), N, a.rows(), b.rows(),
                                a.cols() / kPer, a.take_upcoming());
     } else {
-      multiply_block<T, false>(c.data(), C::kStride, b.plain(), kLine, a.columns(), M, b.rows(), a.rows(),
+      multiply_block<FactorOf<T>, false>(c.data(), C::kStride, b.plain(), kLine, a.columns(), M, b.rows(), a.rows(),
                                a.cols() / kPer, b.take_upcoming());
     }
   }
 
   // The probabilities of keys beyond b's rows are zero.
   template <class C, class T, int M, int K, int N, unsigned USES>
-  static FA_INLINE void multiply_nn(C& c, const FA_ISA::Operand<T, M, K, R>& a,
-                                    const FA_ISA::Tile<T, K, N, USES, kLayout, R>& b) {
+  static FA_INLINE void multiply_nn(C& c, const FA_ISA::Operand<T, M, K>& a,
+                                    const FA_ISA::Tile<T, K, N, USES, kLayout>& b) {
     static_assert(!kRowMajor, "the operand's lines are columns");
-    multiply_block<T, true>(c.data(), C::kStride, b.paired(), N, a.units(), M, b.cols(), a.rows(),
-                            b.rows() / Factor<T>::kPerUnit, b.take_upcoming());
+    multiply_block<FactorOf<T>, true>(c.data(), C::kStride, b.paired(), N, a.units(), M, b.cols(), a.rows(),
+                            b.rows() / Factor<FactorOf<T>>::kPerUnit, b.take_upcoming());
   }
   template <class C, class T, int M, int K, int N, unsigned USES_A, unsigned USES_B>
-  static FA_INLINE void multiply_nn(C& c, const FA_ISA::Tile<T, M, K, USES_A, kLayout, R>& a,
-                                    const FA_ISA::Tile<T, K, N, USES_B, kLayout, R>& b) {
+  static FA_INLINE void multiply_nn(C& c, const FA_ISA::Tile<T, M, K, USES_A, kLayout>& a,
+                                    const FA_ISA::Tile<T, K, N, USES_B, kLayout>& b) {
     static_assert(kRowMajor, "b lies in vectors");
-    constexpr int kPer = Factor<T>::kPerUnit;
-    multiply_block<T, false>(c.data(), C::kStride, a.plain(), K / kPer, b.paired(), N, a.rows(), b.cols(),
+    constexpr int kPer = Factor<FactorOf<T>>::kPerUnit;
+    multiply_block<FactorOf<T>, false>(c.data(), C::kStride, a.plain(), K / kPer, b.paired(), N, a.rows(), b.cols(),
                              b.rows() / kPer, Upcoming{});
   }
   template <class C, class T, int M, int K, int N, unsigned USES_A, unsigned USES_B>
-  static FA_INLINE void multiply_tn(C& c, const FA_ISA::Tile<T, K, M, USES_A, kLayout, R>& a,
-                                    const FA_ISA::Tile<T, K, N, USES_B, kLayout, R>& b) {
+  static FA_INLINE void multiply_tn(C& c, const FA_ISA::Tile<T, K, M, USES_A, kLayout>& a,
+                                    const FA_ISA::Tile<T, K, N, USES_B, kLayout>& b) {
     static_assert(kRowMajor, "b lies in vectors");
-    multiply_block<T, true>(c.data(), C::kStride, a.paired(), M, b.paired(), N, a.cols(), b.cols(),
-                            b.rows() / Factor<T>::kPerUnit, Upcoming{});
+    multiply_block<FactorOf<T>, true>(c.data(), C::kStride, a.paired(), M, b.paired(), N, a.cols(), b.cols(),
+                            b.rows() / Factor<FactorOf<T>>::kPerUnit, Upcoming{});
   }
 
   // Blocks of the host add in turn (see cpu.cpp), so this need not be atomic.
@@ -87,14 +87,16 @@ struct Block {
   }
 
   template <class T, int ROWS, int D, class F>
-  static FA_INLINE void dot_rows(const T* a, int64_t a_stride, const T* b, int64_t b_stride, int rows, int cols, bool,
-                                 F&& f) {
+  static FA_INLINE void dot_rows(const StoredOf<T>* a, int64_t a_stride, const StoredOf<T>* b, int64_t b_stride,
+                                 int rows, int cols, bool, F&& f) {
+    using Stored = StoredOf<T>;
     using Scalar = AccumOf<T>;
     constexpr int kWidth = kLanes<Scalar>;
     for (int row = 0; row < rows; ++row) {
       alignas(64) Scalar x[D], y[D];
-      widen_row<T>(a + row * a_stride, x, cols);
-      widen_row<T>(b + row * b_stride, y, cols);
+      widen_row<Stored>(a + row * a_stride, x, cols);
+      if constexpr (!std::is_same_v<Stored, FactorOf<T>>) round_row<FactorOf<T>, Rounding::kNearestEven>(x, x, cols);
+      widen_row<Stored>(b + row * b_stride, y, cols);
       Vector<Scalar> sums = splat(Scalar(0));
       int i = 0;
       for (; i + kWidth <= cols; i += kWidth) sums = multiply_add(load(x + i), load(y + i), sums);
@@ -115,12 +117,10 @@ struct Block {
 };
 
 struct Host {
-  static constexpr Rounding kRounding = Rounding::kNearestEven;
-
   template <Kernel KERNEL, class T, int D, bool>
   using Tuning = FA_ISA::Tuning<KERNEL, T, D>;
   template <int WARPS>
-  using Block = FA_ISA::Block<WARPS, kRounding>;
+  using Block = FA_ISA::Block<WARPS>;
 };
 
 }  // namespace FA_ISA

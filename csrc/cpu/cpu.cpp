@@ -66,8 +66,12 @@ bool is_modified(const AttentionParams& p) {
   return p.softcap > 0 || p.alibi_slopes != nullptr || p.dropout_p > 0 || !(p.softmax_scale > 0);
 }
 
-const KernelInfo& find(KernelKind kind, DType dtype, int head_dim = 0, bool modified = false) {
-  const KernelInfo* info = find_host_kernel({kind, dtype, head_dim, modified});
+const KernelInfo& find(KernelKind kind, DType dtype, int head_dim = 0, bool modified = false,
+                       bool performance = false) {
+  const KernelInfo* info = find_host_kernel({kind, dtype, head_dim, modified, performance});
+  if (info == nullptr && performance && find_host_kernel({kind, dtype, head_dim, modified}) != nullptr) {
+    throw std::invalid_argument(kNoPerformanceMode);
+  }
   if (info == nullptr) {
     throw std::invalid_argument("no CPU kernel was compiled for this dtype and head_dim " + std::to_string(head_dim) +
                                 " (see FLASH_ATTENTION_INSTANCES in the build's settings)");
@@ -75,11 +79,17 @@ const KernelInfo& find(KernelKind kind, DType dtype, int head_dim = 0, bool modi
   return *info;
 }
 
+// The mode's instances are all modified ones: here it is there for its arithmetic, and they serve every call.
+bool in_performance_mode(const AttentionParams& p) { return p.performance_mode && is_16_bit(p.dtype); }
+
 const KernelInfo& forward_kernel(const ForwardParams& p) {
-  return find(KernelKind::kForward, p.dtype, p.head_dim, is_modified(p) || p.s_dmask != nullptr);
+  const bool performance = in_performance_mode(p);
+  return find(KernelKind::kForward, p.dtype, p.head_dim, performance || is_modified(p) || p.s_dmask != nullptr,
+              performance);
 }
 const KernelInfo& backward_kernel(const BackwardParams& p) {
-  return find(KernelKind::kBackward, p.dtype, p.head_dim, is_modified(p));
+  const bool performance = in_performance_mode(p);
+  return find(KernelKind::kBackward, p.dtype, p.head_dim, performance || is_modified(p), performance);
 }
 
 size_t accum_size(DType dtype) { return dtype == DType::kFloat64 ? sizeof(double) : sizeof(float); }
@@ -141,6 +151,11 @@ struct BackwardBytes {
   }
 };
 
+// delta takes dO as the products do; bf16 is the same to both.
+const KernelInfo& preprocess_kernel(const BackwardParams& p) {
+  const bool performance = p.performance_mode && p.dtype == DType::kFloat16;
+  return find(KernelKind::kPreprocess, p.dtype, p.head_dim, false, performance);
+}
 const KernelInfo& finish_kernel(const BackwardParams& p) { return find(KernelKind::kFinishDq, p.dtype, p.head_dim); }
 
 Workspace plan_backward(BackwardParams& p, const Queue& queue) {
@@ -166,7 +181,7 @@ void backward(BackwardParams p, void* workspace, const Queue& queue) {
   p.dq_turn = reinterpret_cast<int32_t*>(memory + bytes.dq_accum);
   p.deterministic = true;
   char* scratch = memory + bytes.dq_accum + bytes.dq_turn;
-  launch(find(KernelKind::kPreprocess, p.dtype, p.head_dim), p, scratch, queue);
+  launch(preprocess_kernel(p), p, scratch, queue);
   launch(main, p, scratch, queue);
   launch(finish, p, scratch, queue);
 }

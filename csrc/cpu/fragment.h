@@ -4,6 +4,7 @@
 // value per row (maxima, sums, scales) is a vector too; kColsInVectors: at row * N + col.
 #pragma once
 
+#include "../cuda/tile/performance.cuh"
 #include "pack.h"
 
 namespace flash_attn {
@@ -116,15 +117,15 @@ class Accumulator {
 };
 
 // An accumulator narrowed to T, as the left factor of multiply_nn: lines are columns, in units along them.
-template <class T, int ROWS, int COLS, Rounding R>
+template <class T, int ROWS, int COLS>
 class Operand {
  public:
   using Scalar = AccumOf<T>;
-  using Unit = typename Factor<T>::Unit;
+  using Unit = typename Factor<FactorOf<T>>::Unit;
 
   explicit FA_INLINE Operand(const Accumulator<Scalar, ROWS, COLS, kRowsInVectors>& from) : rows_(from.rows()) {
     if constexpr (kNarrows) {
-      pack_lines<T, R>(from.data(), narrowed_, ROWS, from.cols(), rows_);
+      pack_lines<FactorOf<T>, kNarrowing<T>>(from.data(), narrowed_, ROWS, from.cols(), rows_);
       units_ = narrowed_;
     } else {
       units_ = from.data();
@@ -139,7 +140,7 @@ class Operand {
   static constexpr bool kNarrows = !std::is_same_v<T, Scalar>;
   const Unit* units_;
   int rows_;
-  alignas(64) Unit narrowed_[kNarrows ? ROWS * COLS / Factor<T>::kPerUnit : 1];
+  alignas(64) Unit narrowed_[kNarrows ? ROWS * COLS / Factor<FactorOf<T>>::kPerUnit : 1];
 };
 
 // A second accumulator, in the block's scratch.

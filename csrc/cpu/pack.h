@@ -3,6 +3,7 @@
 
 #include <utility>
 
+#include "../core/params.h"
 #include "multiply.h"
 
 namespace flash_attn {
@@ -43,19 +44,35 @@ FA_INLINE void pack_lines(const AccumOf<T>* src, typename Factor<T>::Unit* dst, 
   }
 }
 
-// Rows of elements, k along a row: count elements to units, the rest of the line zero.
-template <class T>
-FA_INLINE void convert_row(const T* src, typename Factor<T>::Unit* dst, int count, int extent) {
-  if constexpr (Factor<T>::kPerUnit == 2) {
-    __builtin_memcpy(dst, src, count * sizeof(T));
-    __builtin_memset(reinterpret_cast<T*>(dst) + count, 0, (extent - count) * sizeof(T));
+// Rows of elements stored as T and multiplied as F, k along a row: count elements to units, the rest of the line zero.
+template <class F, class T>
+FA_INLINE void convert_row(const T* src, typename Factor<F>::Unit* dst, int count, int extent) {
+  if constexpr (Factor<F>::kPerUnit == 2) {
+    F* elements = reinterpret_cast<F*>(dst);
+    if constexpr (std::is_same_v<T, F>) {
+      __builtin_memcpy(elements, src, count * sizeof(T));
+    } else {
+      AccumOf<T> widened[kMaxHeadDim];
+      widen_row<T>(src, widened, count);
+      narrow_row<F, Rounding::kNearestEven>(widened, elements, count);
+    }
+    __builtin_memset(elements + count, 0, (extent - count) * sizeof(F));
   } else {
     widen_row<T>(src, dst, count);
+    if constexpr (!std::is_same_v<T, F>) round_row<F, Rounding::kNearestEven>(dst, dst, count);
     for (int i = count; i < extent; ++i) dst[i] = 0;
   }
 }
 
-// Two rows of elements, k from row to row, to one line of units; `odd` null: a row of zeros.
+// Two rows of elements, k from row to row, to one line of units of bf16; `odd` null: a row of zeros.
+FA_INLINE void interleave_rows(const Half* even, const Half* odd, uint32_t* dst, int count, int extent) {
+  float widened[2][kMaxHeadDim];
+  widen_row<Half>(even, widened[0], count);
+  widen_row<Half>(odd == nullptr ? even : odd, widened[1], count);
+  for (int i = 0; odd == nullptr && i < count; ++i) widened[1][i] = 0;
+  pack_pair<Rounding::kNearestEven>(widened[0], widened[1], dst, count);
+  for (int i = count; i < extent; ++i) dst[i] = 0;
+}
 FA_INLINE void interleave_rows(const BFloat16* even, const BFloat16* odd, uint32_t* dst, int count, int extent) {
   if (odd == nullptr) {
     FA_VECTORISE

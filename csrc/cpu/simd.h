@@ -141,9 +141,9 @@ FA_INLINE void narrow_row(const AccumOf<T>* src, T* dst, int count) {
 // x rounded to T, as the multiplies see it.
 template <class T, Rounding R>
 FA_INLINE AccumOf<T> round_to(AccumOf<T> x) {
-  if constexpr (std::is_same_v<T, BFloat16> && R == Rounding::kNearestEven) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
     const uint32_t bits = float_to_bits(x);  // narrow() and widen(), all in 32 bits
-    const uint32_t rounded = bits + 0x7fff + ((bits >> 16) & 1);
+    const uint32_t rounded = R == Rounding::kNearestEven ? bits + 0x7fff + ((bits >> 16) & 1) : bits;
     return bits_to_float((x == x ? rounded : bits | 0x400000) & 0xffff0000u);
   } else {
     return widen(narrow<T, R>(x));

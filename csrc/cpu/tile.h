@@ -8,12 +8,13 @@
 namespace flash_attn {
 namespace FA_ISA {
 
-template <class T, int ROWS, int COLS, unsigned USES, Layout LAYOUT, Rounding R>
+template <class T, int ROWS, int COLS, unsigned USES, Layout LAYOUT>
 class Tile {
  public:
-  using Unit = typename Factor<T>::Unit;
+  using Stored = StoredOf<T>;
+  using Unit = typename Factor<FactorOf<T>>::Unit;
   using Scalar = AccumOf<T>;
-  static constexpr int kPer = Factor<T>::kPerUnit;
+  static constexpr int kPer = Factor<FactorOf<T>>::kPerUnit;
 
   // The side that lies in vectors wants its k from line to line, the other reads k (or its rows) unit by unit.
   static constexpr unsigned kInVectors = LAYOUT == kRowsInVectors ? kMK : kNK;
@@ -32,7 +33,7 @@ class Tile {
 
   explicit FA_INLINE Tile(char* shared) : shared_(shared) {}
 
-  FA_INLINE void load(const T* src, int64_t row_stride, int rows, int cols, bool) {
+  FA_INLINE void load(const Stored* src, int64_t row_stride, int rows, int cols, bool) {
     set_upcoming(src + ROWS * row_stride, row_stride, rows - ROWS, cols);
     rows = rows < ROWS ? rows : ROWS;
     set_extents(round_up(rows), round_up(cols));
@@ -51,16 +52,17 @@ class Tile {
       set_extents(from.rows(), from.cols());
       if constexpr (kPer == 2 && kHasPlain) {
         for (int row = 0; row < rows(); ++row) {
-          narrow_row<T, R>(from.data() + row * COLS, reinterpret_cast<T*>(plain()) + row * COLS, cols());
+          narrow_row<FactorOf<T>, kNarrowing<T>>(from.data() + row * COLS,
+                                                 reinterpret_cast<FactorOf<T>*>(plain()) + row * COLS, cols());
         }
       }
       if constexpr (kHasPaired || kPer == 1) {
-        pack_lines<T, R>(from.data(), kHasPaired ? paired() : plain(), COLS, rows(), cols());
+        pack_lines<FactorOf<T>, kNarrowing<T>>(from.data(), kHasPaired ? paired() : plain(), COLS, rows(), cols());
       }
     }
   }
 
-  FA_INLINE void write(T* dst, int64_t row_stride, int rows, int cols, bool) const {
+  FA_INLINE void write(Stored* dst, int64_t row_stride, int rows, int cols, bool) const {
     for (int row = 0; row < rows && row < ROWS; ++row) {
       __builtin_memcpy(dst + row * row_stride, staging() + row * COLS, cols * sizeof(T));
     }
@@ -85,45 +87,45 @@ class Tile {
   FA_INLINE int32_t* extents() const { return reinterpret_cast<int32_t*>(shared_); }
   FA_INLINE void set_extents(int rows, int cols) { extents()[0] = rows, extents()[1] = cols; }
   FA_INLINE Upcoming* header_upcoming() const { return reinterpret_cast<Upcoming*>(shared_ + 16); }
-  FA_INLINE void set_upcoming(const T* src, int64_t row_stride, int rows, int cols) {
+  FA_INLINE void set_upcoming(const Stored* src, int64_t row_stride, int rows, int cols) {
     const int lines = (cols * int(sizeof(T)) + 63) / 64;
     *header_upcoming() = {reinterpret_cast<const char*>(src), row_stride * int64_t(sizeof(T)),
                           rows < ROWS ? rows : ROWS, lines, 0};
   }
   FA_INLINE Unit* form(int index) const { return reinterpret_cast<Unit*>(shared_ + kHeaderBytes + index * kFormBytes); }
-  FA_INLINE T* staging() const { return reinterpret_cast<T*>(shared_ + kHeaderBytes); }
+  FA_INLINE Stored* staging() const { return reinterpret_cast<Stored*>(shared_ + kHeaderBytes); }
 
-  FA_INLINE void load_columns(const T* src, int64_t row_stride, int row_count, int col_count) {
+  FA_INLINE void load_columns(const Stored* src, int64_t row_stride, int row_count, int col_count) {
     constexpr int kSide = kLanes<Unit>, kLine = COLS / kPer;
     alignas(64) Unit lines[kSide * kLine];
     const int extent = (cols() / kPer + kSide - 1) / kSide * kSide;  // in units
     for (int row = 0; row < rows(); row += kSide) {
       for (int i = 0; i < kSide; ++i) {
         const int count = row + i < row_count ? col_count : 0;
-        convert_row<T>(src + (row + i) * row_stride, lines + i * kLine, count, extent * kPer);
+        convert_row<FactorOf<T>>(src + (row + i) * row_stride, lines + i * kLine, count, extent * kPer);
       }
       for (int unit = 0; unit < extent; unit += kSide) {
         transpose_square(lines + unit, kLine, columns() + unit * ROWS + row, ROWS);
       }
     }
   }
-  FA_INLINE void load_plain(const T* src, int64_t row_stride, int row_count, int col_count) {
+  FA_INLINE void load_plain(const Stored* src, int64_t row_stride, int row_count, int col_count) {
     for (int row = 0; row < rows(); ++row) {
       Unit* line = (kHasPlain ? plain() : paired()) + row * (COLS / kPer);
-      convert_row<T>(src + row * row_stride, line, row < row_count ? col_count : 0, cols());
+      convert_row<FactorOf<T>>(src + row * row_stride, line, row < row_count ? col_count : 0, cols());
     }
   }
-  FA_INLINE void load_paired(const T* src, int64_t row_stride, int row_count, int col_count) {
+  FA_INLINE void load_paired(const Stored* src, int64_t row_stride, int row_count, int col_count) {
     for (int row = 0; row < rows(); row += 2) {
-      const T* even = src + row * row_stride;
-      const T* odd = row + 1 < row_count ? even + row_stride : nullptr;
+      const Stored* even = src + row * row_stride;
+      const Stored* odd = row + 1 < row_count ? even + row_stride : nullptr;
       interleave_rows(even, odd, paired() + row / 2 * COLS, row < row_count ? col_count : 0, cols());
     }
   }
 
   FA_INLINE void stage(const Accumulator<Scalar, ROWS, COLS, LAYOUT>& from) {
     if constexpr (LAYOUT == kColsInVectors) {
-      narrow_row<T, Rounding::kNearestEven>(from.data(), staging(), ROWS * COLS);
+      narrow_row<Stored, Rounding::kNearestEven>(from.data(), staging(), ROWS * COLS);
     } else {
       constexpr int kSide = kLanes<Scalar>;
       alignas(64) Scalar lines[kSide * COLS];
@@ -131,7 +133,7 @@ class Tile {
         for (int col = 0; col < COLS; col += kSide) {
           transpose_square(from.data() + col * ROWS + row, ROWS, lines + col, COLS);
         }
-        narrow_row<T, Rounding::kNearestEven>(lines, staging() + row * COLS, kSide * COLS);
+        narrow_row<Stored, Rounding::kNearestEven>(lines, staging() + row * COLS, kSide * COLS);
       }
     }
   }

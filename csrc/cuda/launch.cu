@@ -85,8 +85,17 @@ bool is_modified(const AttentionParams& p) {
   return p.softcap > 0 || p.alibi_slopes != nullptr || p.dropout_p > 0 || !(p.softmax_scale > 0) || !p.aligned;
 }
 
-const KernelInfo& find(const Queue& queue, KernelKind kind, DType dtype, int head_dim = 0, bool modified = false) {
-  const KernelInfo* info = table(queue.device_index).find_padded({kind, dtype, head_dim, modified});
+bool in_performance_mode(const AttentionParams& p, const Queue& queue) {
+  return p.performance_mode && is_16_bit(p.dtype) && table(queue.device_index).has_performance_mode;
+}
+
+const KernelInfo& find(const Queue& queue, KernelKind kind, DType dtype, int head_dim = 0, bool modified = false,
+                       bool performance = false) {
+  const KernelTable& built = table(queue.device_index);
+  const KernelInfo* info = built.find_padded({kind, dtype, head_dim, modified, performance});
+  if (info == nullptr && performance && built.find_padded({kind, dtype, head_dim, modified}) != nullptr) {
+    throw std::invalid_argument(kNoPerformanceMode);
+  }
   if (info == nullptr) {
     throw std::invalid_argument(std::string("no kernel was compiled for this dtype and head_dim ") +
                                 std::to_string(head_dim) + " (see FLASH_ATTENTION_INSTANCES in the build's settings)");
@@ -101,15 +110,21 @@ bool stash_fits(const KernelInfo& kernel, const Queue& queue) {
 }
 
 const KernelInfo& forward_kernel(const ForwardParams& p, const Queue& queue) {
-  const bool modified = is_modified(p) || p.s_dmask != nullptr;
-  const KernelInfo& kernel = find(queue, KernelKind::kForward, p.dtype, p.head_dim, modified);
+  const bool modified = is_modified(p) || p.s_dmask != nullptr, performance = in_performance_mode(p, queue);
+  const KernelInfo& kernel = find(queue, KernelKind::kForward, p.dtype, p.head_dim, modified, performance);
   const bool may_fold = p.split_size > 0 && p.num_splits <= 1 && p.seqlen_k > p.split_size;
   if (modified || !may_fold || stash_fits(kernel, queue)) return kernel;
-  const KernelInfo& other = find(queue, KernelKind::kForward, p.dtype, p.head_dim, true);  // the same bits
+  const KernelInfo& other = find(queue, KernelKind::kForward, p.dtype, p.head_dim, true, performance);  // the same bits
   return stash_fits(other, queue) ? other : kernel;
 }
 const KernelInfo& backward_kernel(const BackwardParams& p, const Queue& queue) {
-  return find(queue, KernelKind::kBackward, p.dtype, p.head_dim, is_modified(p));
+  return find(queue, KernelKind::kBackward, p.dtype, p.head_dim, is_modified(p), in_performance_mode(p, queue));
+}
+
+// delta takes dO as the products do; bf16 is the same to both.
+const KernelInfo& preprocess_kernel(const BackwardParams& p, const Queue& queue) {
+  const bool performance = in_performance_mode(p, queue) && p.dtype == DType::kFloat16;
+  return find(queue, KernelKind::kPreprocess, p.dtype, p.head_dim, false, performance);
 }
 
 template <class Params>
@@ -252,7 +267,7 @@ void backward(BackwardParams p, void* workspace, const Queue& queue) {
   p.dq_turn = p.deterministic ? reinterpret_cast<int32_t*>(static_cast<char*>(workspace) + accum_bytes) : nullptr;
   check(cudaMemsetAsync(workspace, 0, accum_bytes + turn_bytes, static_cast<cudaStream_t>(queue.stream)),
         "clearing the accumulator of dQ");
-  launch(find(queue, KernelKind::kPreprocess, p.dtype, p.head_dim), p, queue);
+  launch(preprocess_kernel(p, queue), p, queue);
   launch(kernel, p, queue);
   launch(find(queue, KernelKind::kFinishDq, p.dtype, p.head_dim), p, queue);
 }

@@ -31,6 +31,11 @@ def gpu_backend() -> str | None:
     return next((name for name in build_info()["backends"] if name != "cpu"), None)
 
 
+def backend_of(device: torch.device) -> str:
+    """ "cpu", "cuda" or "hip": whose kernels run there."""
+    return "cpu" if device.type == "cpu" else str(gpu_backend())
+
+
 def has_gpu() -> bool:
     """Whether kernels for a GPU are built and torch sees one."""
     return gpu_backend() is not None and torch.cuda.is_available()

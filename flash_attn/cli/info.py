@@ -12,12 +12,11 @@ import torch
 from flash_attn import __version__, _library, modes
 from flash_attn.cli import devices
 
-# What the performance mode does, by backend. It exists for hardware on which rounding to nearest costs instructions.
-PERFORMANCE_MODE = {
-    "cpu": "changes nothing here: P and dS are rounded to nearest in every mode",
-    "cuda": "changes nothing here: the hardware rounds to nearest for free",
-    "hip": "changes nothing here: these kernels round to nearest in every mode",
-}
+# What the performance mode does, where it does anything.
+PERFORMANCE_MODE = (
+    "off: all is rounded to nearest, products are in the inputs' dtype; "
+    "on: float16 is multiplied in bfloat16, P and dS are narrowed toward zero"
+)
 DETERMINISTIC_MODE = {
     "cpu": "always holds here: blocks add to dQ in a fixed order, and keys are never split by heuristic",
     "cuda": "off: blocks add to dQ in any order, and decoding splits its keys to fill the GPU; on: neither",
@@ -40,7 +39,7 @@ def run(_: argparse.Namespace) -> int:
         return 1
     show_build(devices.build_info())
     backends = show_devices()
-    show_modes(backends, os.environ)
+    show_modes(backends, os.environ, devices.build_info()["rtz"])
     return 0
 
 
@@ -59,7 +58,7 @@ def show_build(built: Mapping[str, Any]) -> None:
     kernels = ", ".join(f"{machine} {count}" for machine, count in built["instances"].items())
     line("kernels", kernels)
     line("built against", f"torch {built['torch_headers']}; sources {built['source_digest'][:12]}")
-    line("RTZ code", "built (FLASH_ATTENTION_INTERNAL_USE_RTZ=1)" if built["rtz"] else "not built")
+    line("RTZ code", "built (FLASH_ATTENTION_INTERNAL_USE_RTZ=1)" if built["rtz"] else "left out")
 
 
 def show_devices() -> list[str]:
@@ -103,7 +102,7 @@ def key_blocks(device_type: str, dtype: torch.dtype) -> str:
     return ", ".join(f"{keys} keys up to head_dim {last}" for keys, last in spans)
 
 
-def show_modes(backends: list[str], environment: Mapping[str, str]) -> None:
+def show_modes(backends: list[str], environment: Mapping[str, str], has_rtz: bool) -> None:
     """The state of every mode, where it comes from, and what it means on this hardware."""
     print()
     mode = modes.get_deterministic_mode()
@@ -117,9 +116,16 @@ def show_modes(backends: list[str], environment: Mapping[str, str]) -> None:
     line("performance", on_or_off(modes.is_performance_mode()))
     line("", variable(modes.PERFORMANCE_VARIABLE, environment))
     for backend in backends:
-        line("", f"{backend}: {PERFORMANCE_MODE[backend]}")
+        line("", f"{backend}: {performance_mode(backend, has_rtz)}")
     line("debug", f"{on_or_off(modes.is_debug())} (checks values on the GPU too, with a synchronisation in every call)")
     line("", variable(modes.DEBUG_VARIABLE, environment))
+
+
+def performance_mode(backend: str, has_rtz: bool) -> str:
+    """What the mode means there. It exists for hardware on which rounding to nearest costs instructions."""
+    if backend == "cuda":
+        return "changes nothing here: the hardware rounds to nearest for free"
+    return PERFORMANCE_MODE if has_rtz else "left out of this build, calls in float16 and bfloat16 raise"
 
 
 def on_or_off(state: bool) -> str:

@@ -119,6 +119,7 @@ class Problem:
     split_size: int = 0
     num_splits: int = 1
     want_dmask: bool = False
+    performance_mode: bool = False
     keep_alive: list[Tensor] = field(default_factory=list)
 
     @property
@@ -142,6 +143,10 @@ class Problem:
         scale_is_usual = self.softmax_scale is None or self.softmax_scale > 0
         features = self.softcap > 0 or self.alibi_slopes is not None or self.dropout_p > 0 or self.want_dmask
         return features or not scale_is_usual or not self.is_aligned
+
+    @property
+    def uses_performance_mode(self) -> bool:
+        return self.performance_mode and self.q.element_size() == 2
 
     @property
     def is_aligned(self) -> bool:
@@ -182,27 +187,33 @@ class Problem:
         p.sink = self.pointer(self.s_aux)
         p.dropout_p, p.rng_state = self.dropout_p, self.pointer(self.rng_state)
         p.dtype = list(DTYPES).index(self.q.dtype)
-        p.performance_mode, p.aligned, p.head_group = False, self.is_aligned, 1
+        p.performance_mode, p.aligned, p.head_group = self.performance_mode, self.is_aligned, 1
 
 
 class Emulator:
     """forward() and backward() as the GPU backend does them."""
 
     def __init__(self, kernels: list[CompiledKernel]):
-        self.kernels = {
-            (k.instance.family.name, k.instance.dtype, k.instance.head_dim, k.instance.modified): k for k in kernels
-        }
+        rows = ((kernel, kernel.instance) for kernel in kernels)
+        self.kernels = {(x.family.name, x.dtype, x.head_dim, x.modified, x.performance): kernel for kernel, x in rows}
         self.statistics: dict[str, dict[str, Any]] = {}
 
-    def find(self, family: str, dtype: torch.dtype, head_dim: int = 0, modified: bool = False) -> CompiledKernel:
+    def find(
+        self,
+        family: str,
+        dtype: torch.dtype,
+        head_dim: int = 0,
+        modified: bool = False,
+        performance: bool = False,
+    ) -> CompiledKernel:
         """The instance of the smallest compiled head dimension that holds head_dim; skips the test without one."""
-        sizes = [
-            size for name, kind, size, flag in self.kernels if (name, kind, flag) == (family, DTYPES[dtype], modified)
-        ]
+        name = DTYPES[dtype]
+        kind = (family, name, modified, performance)
+        sizes = [size for *names, size, m, p in self.kernels if (*names, m, p) == kind]
         size = min((size for size in sizes if size >= head_dim), default=None)
         if size is None:
-            pytest.skip(f"no {family} was compiled for {DTYPES[dtype]} and head_dim {head_dim}")
-        return self.kernels[family, DTYPES[dtype], size, modified]
+            pytest.skip(f"no {family} was compiled for {name} and head_dim {head_dim}")
+        return self.kernels[family, name, size, modified, performance]
 
     def run(self, kernel: CompiledKernel, p: Any, memory: list[Tensor], more_shared_bytes: int = 0) -> None:
         """One launch, with every check that the emulator has: bounds, LDS races, uninitialised values."""
@@ -223,7 +234,7 @@ class Emulator:
     def forward(self, problem: Problem) -> tuple[Tensor, Tensor, Tensor | None]:
         """out, lse, s_dmask or None."""
         dtype, dim = problem.q.dtype, problem.q.shape[-1]
-        kernel = self.find("Forward", dtype, dim, problem.is_modified)
+        kernel = self.find("Forward", dtype, dim, problem.is_modified, problem.uses_performance_mode)
         out, lse = torch.full(problem.q.shape, torch.nan, dtype=dtype), problem.new_rows()
         p = ForwardParams()
         problem.fill(p, out, lse)
@@ -253,7 +264,7 @@ class Emulator:
     ) -> list[Tensor]:
         """dq, dk, dv."""
         dtype, dim = problem.q.dtype, problem.q.shape[-1]
-        kernel = self.find("Backward", dtype, dim, problem.is_modified)
+        kernel = self.find("Backward", dtype, dim, problem.is_modified, problem.uses_performance_mode)
         gradients = [torch.full(x.shape, torch.nan, dtype=dtype) for x in (problem.q, problem.k, problem.v)]
         delta = problem.new_rows()
         p = BackwardParams()
@@ -274,7 +285,8 @@ class Emulator:
         p.dq_turn = problem.pointer(dq_turn) if deterministic else 0
         p.deterministic = deterministic
         problem.keep_alive += [dout, *gradients, delta]
-        self.run(self.find("Preprocess", dtype, dim), p, problem.keep_alive)
+        narrows_dout = problem.uses_performance_mode and dtype == torch.float16
+        self.run(self.find("Preprocess", dtype, dim, performance=narrows_dout), p, problem.keep_alive)
         self.run(kernel, p, problem.keep_alive)
         self.run(self.find("FinishDq", dtype, dim), p, problem.keep_alive)
         return gradients

@@ -32,9 +32,6 @@ class Backend(ABC):
         """Relative to the build folder, where ninja works: short lines, and a tree that may move."""
         return Path("obj") / group / (source.name + ".o")
 
-    def defines(self) -> tuple[str, ...]:
-        return ("-DFLASH_ATTENTION_INTERNAL_USE_RTZ=1",) if self.config.use_rtz else ()
-
     @abstractmethod
     def rules(self) -> dict[str, Rule]:
         """The ninja rules that steps() uses."""

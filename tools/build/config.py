@@ -6,7 +6,7 @@
 | `FLASH_ATTENTION_ARCHS`            | machine codes, `;` between them: `80;90`, `gfx90a`, `x86-64-v3`                |
 | `PYTORCH_ROCM_ARCH`                | for hip, where the above names none: those of its GPUs that have kernels       |
 | `FLASH_ATTENTION_INSTANCES`        | a subset for quick builds: `bf16:64,128;fp32:64`                               |
-| `FLASH_ATTENTION_INTERNAL_USE_RTZ` | `1` (default for hip) builds code that narrows toward zero, `0` leaves it out  |
+| `FLASH_ATTENTION_INTERNAL_USE_RTZ` | `1` (default) builds the performance mode's kernels, `0` leaves them out       |
 | `FLASH_ATTENTION_TORCH`            | the folder of the torch package whose headers to use                           |
 | `MAX_JOBS`, `CXX`                  | compiler processes at once; the host's compiler                                |
 | `CUDA_HOME`, `ROCM_HOME`           | toolkits, where they are not on PATH or in the usual place                     |
@@ -33,7 +33,7 @@ class Config:
     torch: TorchPackage
     archs: tuple[str, ...] = ()  # empty: the backend's default
     subset: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # dtype -> head dims; empty: all
-    use_rtz: bool = False
+    use_rtz: bool = True  # the performance mode's kernels, which round toward zero
     jobs: int = 1
     cxx: str = "c++"
     root: Path = ROOT
@@ -81,7 +81,7 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Config:
     torch = find_torch(environment)
     if backend == "auto":
         backend = choose_backend(torch, environment)
-    rtz = environment.get("FLASH_ATTENTION_INTERNAL_USE_RTZ", "1" if backend == "hip" else "0")
+    rtz = environment.get("FLASH_ATTENTION_INTERNAL_USE_RTZ", "1")
     if rtz not in ("0", "1"):
         raise BuildError(f"FLASH_ATTENTION_INTERNAL_USE_RTZ: must be 0 or 1, got {rtz!r}")
     jobs = environment.get("MAX_JOBS", "") or str(default_jobs())

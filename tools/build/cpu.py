@@ -34,14 +34,14 @@ class CpuBackend(Backend):
     def steps(self) -> list[Step]:
         csrc, torch = self.csrc, self.config.torch
         includes = (f"-I{csrc}", "-isystem", str(torch.include))
-        plain = (*CXX_FLAGS, *self.defines(), *includes, *TORCH_FLAGS, "-pthread")
+        plain = (*CXX_FLAGS, *includes, *TORCH_FLAGS, "-pthread")
         if self.config.backend != "cpu":
             plain = (*plain, "-DFLASH_ATTENTION_GPU=1")
         sources = [path for folder in ("core", "binding", "cpu") for path in sorted((csrc / folder).glob("*.cpp"))]
         steps = [Step("cxx", (path,), self.object_path(path.parent.name, path), plain) for path in sources]
         for machine in self.machines:
             # sqrt, log2 ... may be vectorised.
-            flags = (*CXX_FLAGS, *self.defines(), f"-I{csrc}", "-fno-math-errno", "-fno-trapping-math", *machine.flags)
+            flags = (*CXX_FLAGS, f"-I{csrc}", "-fno-math-errno", "-fno-trapping-math", *machine.flags)
             flags = (*flags, f"-DFA_ISA={machine.identifier}", *(GCC_LEVEL_FLAGS if self.is_gcc else ()))
             files = instance_files(machine, self.config)
             for path in write_instance_files(files, self.generated, ".cpp"):

@@ -86,7 +86,7 @@ class CudaBackend(Backend):
         return (*codes, f"-gencode=arch=compute_{archs[0]},code=compute_{archs[0]}")
 
     def flags(self, machine: Machine) -> tuple[str, ...]:
-        return (*NVCC_FLAGS, *self.codes(machine), *self.defines(), f"-I{self.csrc}")
+        return (*NVCC_FLAGS, *self.codes(machine), f"-I{self.csrc}")
 
     def steps(self) -> list[Step]:
         launch = self.csrc / "cuda/launch.cu"

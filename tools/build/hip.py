@@ -67,7 +67,7 @@ class HipBackend(Backend):
 
     def flags(self, machine: Machine) -> tuple[str, ...]:
         shared = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off")
-        return (*shared, f"--offload-arch={machine.name}", *self.defines(), f"-I{self.hipified / 'csrc'}")
+        return (*shared, f"--offload-arch={machine.name}", f"-I{self.hipified / 'csrc'}")
 
     def hipify(self) -> None:
         """Brings the translated sources up to date; does nothing when no source has changed."""

@@ -33,6 +33,7 @@ class KernelKey(ctypes.Structure):
         ("dtype", ctypes.c_int8),
         ("head_dim", ctypes.c_int),
         ("modified", ctypes.c_bool),
+        ("performance", ctypes.c_bool),
     ]
 
 
@@ -55,6 +56,7 @@ class KernelTable(ctypes.Structure):
         ("machine", ctypes.c_char_p),
         ("kernels", ctypes.POINTER(ctypes.POINTER(KernelInfo))),
         ("count", ctypes.c_int),
+        ("has_performance_mode", ctypes.c_bool),
     ]
 
 
@@ -108,7 +110,8 @@ def mangled_part(instance: Instance) -> str:
     )
     parts = (instance.family.name, instance.machine.arch)
     family, arch = (f"NS_{len(part)}{part}" for part in parts)
-    return f"{family}I{arch}ENS_7ProblemI{element}Li{head_dim}ELb{int(instance.modified)}EEEE"
+    arch = f"NS_15PerformanceModeI{arch}EEE" if instance.performance else f"{arch}E"
+    return f"{family}I{arch}NS_7ProblemI{element}Li{head_dim}ELb{int(instance.modified)}EEEE"
 
 
 def compiled_kernels(config: Config, library: Path) -> Iterator[CompiledKernel]:

@@ -31,13 +31,14 @@ class Family:
     by_head_dim: bool
     by_modified: bool  # with and without softcap, ALiBi, dropout ...
     alone: bool  # heavy: an instance file each
+    performance: tuple[str, ...] = ()  # dtypes whose arithmetic the performance mode changes
 
 
 FAMILIES = (
-    Family("Forward", "cuda/kernels/forward.cuh", by_head_dim=True, by_modified=True, alone=True),
-    Family("Backward", "cuda/kernels/backward.cuh", by_head_dim=True, by_modified=True, alone=True),
-    Family("FinishDq", "cuda/kernels/finish_dq.cuh", by_head_dim=True, by_modified=False, alone=False),
-    Family("Preprocess", "cuda/kernels/preprocess.cuh", by_head_dim=True, by_modified=False, alone=False),
+    Family("Forward", "cuda/kernels/forward.cuh", True, by_modified=True, alone=True, performance=("fp16", "bf16")),
+    Family("Backward", "cuda/kernels/backward.cuh", True, by_modified=True, alone=True, performance=("fp16", "bf16")),
+    Family("FinishDq", "cuda/kernels/finish_dq.cuh", True, by_modified=False, alone=False),
+    Family("Preprocess", "cuda/kernels/preprocess.cuh", True, by_modified=False, alone=False, performance=("fp16",)),
     Family("Combine", "cuda/kernels/combine.cuh", by_head_dim=False, by_modified=False, alone=False),
 )
 
@@ -54,6 +55,8 @@ class Machine:
     flags: tuple[str, ...] = ()
     head_dims: tuple[int, ...] = HEAD_DIMS
     processors: tuple[str, ...] = ()  # platform.machine() values; empty: any
+    has_performance_mode: bool = False  # the mode changes 16-bit arithmetic here; elsewhere rounding to nearest is free
+    performance_kinds: tuple[bool, ...] = ()  # which of plain and modified (False, True) are compiled for the mode
 
     @property
     def identifier(self) -> str:
@@ -68,7 +71,7 @@ _X86 = ("x86_64", "AMD64")
 
 
 def _host(name: str, dtypes: tuple[str, ...], flags: tuple[str, ...], processors: tuple[str, ...] = _X86) -> Machine:
-    return Machine(name, "cpu", "cpu/arch.h", "Host", dtypes, flags, (64, 128, 256), processors)
+    return Machine(name, "cpu", "cpu/arch.h", "Host", dtypes, flags, (64, 128, 256), processors, True, (True,))
 
 
 # The host's levels are those of the x86-64 psABI, and above them what multiplies bf16; "generic" runs anywhere, Arm
@@ -81,14 +84,22 @@ MACHINES = (
     _host("generic", CPU_DTYPES, (), processors=()),
     Machine("sm90", "cuda", "cuda/sm90/arch.cuh", "Sm90", GPU_DTYPES),
     Machine("sm80", "cuda", "cuda/sm80/arch.cuh", "Sm80", GPU_DTYPES),
-    Machine("gfx90a", "hip", "hip/gfx90a/arch.cuh", "Gfx90a", GPU_DTYPES),
+    Machine(
+        "gfx90a",
+        "hip",
+        "hip/gfx90a/arch.cuh",
+        "Gfx90a",
+        GPU_DTYPES,
+        has_performance_mode=True,
+        performance_kinds=(False, True),
+    ),
 )
 
 # What nvcc compiles the sm80 machine for: "80", "9.0", "sm_90"; see cuda.py.
 CUDA_ARCH = re.compile(r"(?:sm_)?(\d{1,2})\.?(\d)(a?)")
 
 # Instances a machine may have: compile time and binary size grow with it.
-MAX_INSTANCES_OF_A_MACHINE = 160
+MAX_INSTANCES_OF_A_MACHINE = 176
 
 
 @dataclass(frozen=True)
@@ -100,13 +111,15 @@ class Instance:
     dtype: str
     head_dim: int = 0  # 0: the family does not depend on it
     modified: bool = False
+    performance: bool = False  # with the performance mode's arithmetic
 
     @property
     def name(self) -> str:
-        """`forward_bf16_d128_plain`"""
+        """`forward_bf16_d128_plain`, `forward_bf16_d128_plain_performance`"""
         parts = [self.family.name.lower(), self.dtype]
         parts += [f"d{self.head_dim}"] if self.family.by_head_dim else []
         parts += ["modified" if self.modified else "plain"] if self.family.by_modified else []
+        parts += ["performance"] if self.performance else []
         return "_".join(parts)
 
     @property
@@ -114,15 +127,20 @@ class Instance:
         return f"flash_attn_{self.machine.identifier}_{self.name}"
 
     @property
+    def arch(self) -> str:
+        return f"PerformanceMode<{self.machine.arch}>" if self.performance else self.machine.arch
+
+    @property
     def template(self) -> str:
         head_dim = self.head_dim or HEAD_DIMS[0]
         problem = f"Problem<{ELEMENTS[self.dtype]}, {head_dim}, {str(self.modified).lower()}>"
-        return f"{self.family.name}<{self.machine.arch}, {problem}>"
+        return f"{self.family.name}<{self.arch}, {problem}>"
 
     @property
     def key(self) -> str:
         dtype = f"DType::{DTYPE_ENUMERATORS[self.dtype]}"
-        return f"{{KernelKind::k{self.family.name}, {dtype}, {self.head_dim}, {str(self.modified).lower()}}}"
+        flags = f"{str(self.modified).lower()}, {str(self.performance).lower()}"
+        return f"{{KernelKind::k{self.family.name}, {dtype}, {self.head_dim}, {flags}}}"
 
 
 @dataclass(frozen=True)
@@ -137,6 +155,7 @@ class InstanceFile:
     def text(self) -> str:
         is_host = self.machine.backend == "cpu"
         headers = [self.machine.header, *sorted({instance.family.header for instance in self.instances})]
+        headers += ["cuda/tile/performance.cuh"] if any(instance.performance for instance in self.instances) else []
         headers.append("cpu/instance.h" if is_host else "cuda/instance.cuh")
         # constexpr: code for a better processor than the one at hand must not run when the library is loaded.
         const = "constexpr" if is_host else "const"
@@ -174,6 +193,17 @@ def instances(machine: Machine, config: Config) -> Iterator[Instance]:
             wanted = {machine.padded(size) for size in sizes if config.wants(dtype, size)}
             for row in product(sorted(wanted), modified):
                 yield Instance(machine, family, dtype, *row)
+    yield from performance_instances(machine, config)
+
+
+def performance_instances(machine: Machine, config: Config) -> Iterator[Instance]:
+    """The same for the performance mode. Families that do not multiply serve both modes."""
+    for family in FAMILIES if config.use_rtz and machine.performance_kinds else ():
+        for dtype in family.performance:
+            modified = machine.performance_kinds if family.by_modified else (False,)
+            wanted = {machine.padded(size) for size in HEAD_DIMS if config.wants(dtype, size)}
+            for row in product(sorted(wanted), modified):
+                yield Instance(machine, family, dtype, *row, performance=True)
 
 
 def instance_files(machine: Machine, config: Config) -> tuple[InstanceFile, ...]:
@@ -182,7 +212,7 @@ def instance_files(machine: Machine, config: Config) -> tuple[InstanceFile, ...]
     for instance in instances(machine, config):
         if not instance.family.alone:
             name = f"light_{instance.dtype}"
-        elif machine.backend == "cpu":
+        elif machine.backend == "cpu" and not instance.performance:
             name = f"{instance.family.name.lower()}_{instance.dtype}_d{instance.head_dim}"
         else:
             name = instance.name
@@ -208,9 +238,9 @@ def registry_source(tables: dict[Machine, tuple[Instance, ...]]) -> str:
         lines.append(f"const KernelInfo* const {machine.identifier}_kernels[] = {{")
         lines += [f"    &{row.symbol}," for row in rows]
         lines += ["};"]
-        lines.append(
-            f'const KernelTable {machine.identifier} = {{"{machine.name}", {machine.identifier}_kernels, {len(rows)}}};'
-        )
+        fields = (f'"{machine.name}"', f"{machine.identifier}_kernels", f"{len(rows)}")
+        fields = (*fields, str(machine.has_performance_mode).lower())
+        lines.append(f"const KernelTable {machine.identifier} = {{{', '.join(fields)}}};")
         lines.append("")
     lines.append("const KernelTable* const tables[] = {")
     lines += [f"    &{machine.identifier}," for machine in tables]

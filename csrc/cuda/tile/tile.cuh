@@ -49,7 +49,8 @@
 //       take(acc): acc = stash
 //   A::accumulate(acc, Scalar* dst)   dst[i] += acc, M * N values in the arch's own fragment order; atomic
 //   A::restore(acc, const Scalar* src)                the inverse: acc = src
-//   A::dot_rows<T, ROWS, D>(a, a_stride, b, b_stride, rows, cols, aligned, f(row, Scalar sum))   f: one lane per row
+//   A::dot_rows<T, ROWS, D>(a, a_stride, b, b_stride, rows, cols, aligned, f(row, Scalar sum))   f: one lane per row;
+//                                     a as products take it, so that dO is the same to delta and to dP
 //   A::peek_turn(const int32_t* turn), A::wait_turn(int32_t* turn, int value, int peeked), A::pass_turn(int32_t* turn)
 //                                     blocks take turns: wait until *turn == value, unless it was so when
 //                                     peek_turn read it a while ago, off the critical path; make the block's

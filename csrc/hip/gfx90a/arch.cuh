@@ -183,18 +183,21 @@ struct Gfx90a::Block {
 
   // Eight lanes share a row, each its chunks in ascending order.
   template <class T, int ROWS, int D, class F>
-  static FA_DEVICE void dot_rows(const T* a, int64_t a_stride, const T* b, int64_t b_stride, int rows, int cols,
-                                 bool aligned, F&& f) {
+  static FA_DEVICE void dot_rows(const StoredOf<T>* a, int64_t a_stride, const StoredOf<T>* b, int64_t b_stride,
+                                 int rows, int cols, bool aligned, F&& f) {
+    using Stored = StoredOf<T>;
     constexpr int kLanesOfRow = 8, kElements = gfx90a::kChunkElements<T>, kRowsAtOnce = kThreads / kLanesOfRow;
     static_assert(ROWS % kRowsAtOnce == 0);
-    const gfx90a::MemoryRows<T> a_rows(a, a_stride, rows, cols, aligned), b_rows(b, b_stride, rows, cols, aligned);
+    const gfx90a::MemoryRows<Stored> a_rows(a, a_stride, rows, cols, aligned), b_rows(b, b_stride, rows, cols, aligned);
     for (int first = 0; first < ROWS; first += kRowsAtOnce) {
       const int row = first + lane() / kLanesOfRow;
       float sum = 0;
       for (int col = lane() % kLanesOfRow * kElements; col < D; col += kLanesOfRow * kElements) {
-        const auto x = a_rows.read(0, row, col), y = b_rows.read(0, row, col);
+        const auto x = gfx90a::factors_of<T>(a_rows.read(0, row, col)), y = b_rows.read(0, row, col);
         FA_UNROLL
-        for (int i = 0; i < kElements; ++i) sum = fma_rn(gfx90a::widen_bits<T>(x[i]), gfx90a::widen_bits<T>(y[i]), sum);
+        for (int i = 0; i < kElements; ++i) {
+          sum = fma_rn(gfx90a::widen_bits<FactorOf<T>>(x[i]), gfx90a::widen_bits<Stored>(y[i]), sum);
+        }
       }
       FA_UNROLL
       for (int mask = 1; mask < kLanesOfRow; mask *= 2) sum += gfx90a::exchange(sum, mask);

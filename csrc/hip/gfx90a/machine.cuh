@@ -7,6 +7,7 @@
 #pragma once
 
 #include "../../cuda/compat.cuh"
+#include "../../cuda/tile/performance.cuh"
 
 namespace flash_attn::gfx90a {
 
@@ -66,7 +67,7 @@ FA_DEVICE Quad<T> quad_of(const Chunk<T>& chunk, int q) {
 // result[i][j] += sum_k a[i][k] b[j][k] for one step of k; j in the lanes, i in the registers.
 template <class T, int TILE>
 FA_DEVICE void matrix_step(const Quad<T>& a, const Quad<T>& b, typename Shape<TILE>::Result& result) {
-  if constexpr (std::is_same_v<T, Half>) {
+  if constexpr (std::is_same_v<FactorOf<T>, Half>) {
     using Native = Vector<_Float16, 4>;
     const Native x = __builtin_bit_cast(Native, a), y = __builtin_bit_cast(Native, b);
     if constexpr (TILE == 32) {
@@ -74,7 +75,7 @@ FA_DEVICE void matrix_step(const Quad<T>& a, const Quad<T>& b, typename Shape<TI
     } else {
       result = __builtin_amdgcn_mfma_f32_16x16x16f16(x, y, result, 0, 0, 0);
     }
-  } else if constexpr (std::is_same_v<T, BFloat16>) {
+  } else if constexpr (std::is_same_v<FactorOf<T>, BFloat16>) {
     using Native = Vector<short, 4>;
     const Native x = __builtin_bit_cast(Native, a), y = __builtin_bit_cast(Native, b);
     if constexpr (TILE == 32) {
@@ -119,13 +120,42 @@ template <class T>
 FA_DEVICE Quad<T> narrow_quad(float x0, float x1, float x2, float x3) {
   if constexpr (std::is_same_v<T, float>) {
     return Quad<T>{x0, x1, x2, x3};
-  } else if constexpr (std::is_same_v<T, Half>) {
+  } else if constexpr (std::is_same_v<FactorOf<T>, Half>) {
     const Vector<_Float16, 4> h = {_Float16(x0), _Float16(x1), _Float16(x2), _Float16(x3)};
     return __builtin_bit_cast(Quad<T>, h);
+  } else if constexpr (kNarrowing<T> == Rounding::kTowardZero) {
+    const Vector<uint32_t, 2> words = {pack_high(float_to_bits(x0), float_to_bits(x1)),
+                                       pack_high(float_to_bits(x2), float_to_bits(x3))};
+    return __builtin_bit_cast(Quad<T>, words);
   } else {
     const Vector<uint32_t, 2> words = {pack_high(round_to_bfloat16(x0), round_to_bfloat16(x1)),
                                        pack_high(round_to_bfloat16(x2), round_to_bfloat16(x3))};
     return __builtin_bit_cast(Quad<T>, words);
+  }
+}
+
+// fp16 to bf16, to nearest. NaNs get a small payload first, which rounding cannot carry out of. With a sign they are
+// the largest of unsigned numbers, without one the largest of signed ones.
+FA_DEVICE Chunk<BFloat16> to_bfloat16(const Chunk<Half>& x) {
+  using Signed = Vector<int16_t, 8>;
+  const Chunk<Half> most = uint16_t(0xfc08);
+  const Signed capped = __builtin_bit_cast(Signed, x < most ? x : most), most_signed = int16_t(0x7c08);
+  const auto halves = __builtin_bit_cast(Vector<_Float16, 8>, capped < most_signed ? capped : most_signed);
+  Vector<uint32_t, 4> words;
+  FA_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    words[i] = pack_high(round_to_bfloat16(float(halves[2 * i])), round_to_bfloat16(float(halves[2 * i + 1])));
+  }
+  return __builtin_bit_cast(Chunk<BFloat16>, words);
+}
+
+// What memory held, as it is multiplied.
+template <class T>
+FA_DEVICE Chunk<T> factors_of(const Chunk<T>& stored) {
+  if constexpr (std::is_same_v<StoredOf<T>, FactorOf<T>>) {
+    return stored;
+  } else {
+    return to_bfloat16(stored);
   }
 }
 

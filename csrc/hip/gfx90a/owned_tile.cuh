@@ -19,6 +19,7 @@ constexpr int column_waves(int cols, int waves) {
 template <class T, int WARPS, int ROWS, int COLS, unsigned USES>
 class OwnedTile {
  public:
+  using Stored = StoredOf<T>;
   static constexpr int kBytes = 0;
   static constexpr int kWaveRows = ROWS / WARPS, kTile = tile_for(kWaveRows), kTiles = kWaveRows / kTile;
   static constexpr int kRowChunks = COLS / kChunkElements<T> / Shape<kTile>::kGroups;
@@ -32,8 +33,8 @@ class OwnedTile {
 
   FA_DEVICE explicit OwnedTile(char*) {}
 
-  FA_DEVICE void load(const T* src, int64_t row_stride, int rows, int cols, bool aligned) {
-    const MemoryRows<T> from(src, row_stride, rows < ROWS ? rows : ROWS, cols, aligned);
+  FA_DEVICE void load(const Stored* src, int64_t row_stride, int rows, int cols, bool aligned) {
+    const MemoryRows<Stored> from(src, row_stride, rows < ROWS ? rows : ROWS, cols, aligned);
     FA_UNROLL
     for (int t = 0; t < kTiles; ++t) {
       FA_UNROLL
@@ -43,7 +44,20 @@ class OwnedTile {
     }
     if constexpr (kColumns) load_columns(from);
   }
-  FA_DEVICE void land() {}
+  FA_DEVICE void land() {
+    if constexpr (!std::is_same_v<Stored, FactorOf<T>>) {
+      FA_UNROLL
+      for (auto& row : rows_) {
+        FA_UNROLL
+        for (Chunk<T>& chunk : row) chunk = factors_of<T>(chunk);
+      }
+      FA_UNROLL
+      for (int t = 0; kColumns && t < kColTiles; ++t) {
+        FA_UNROLL
+        for (int g = 0; g < kColChunks; ++g) columns_[t][g] = column_aside(factors_of<T>(columns_[t][g]));
+      }
+    }
+  }
 
   template <int TILE>
   FA_DEVICE const Chunk<T>& row_chunk(int t, int g) const {
@@ -64,19 +78,19 @@ class OwnedTile {
       FA_UNROLL
       for (int s = 0; s < kSteps; ++s) {
         constexpr int kOfTile = S::kRegs / 4;
-        staged_[t][s] = x.template quad<T>(t, s / kOfTile, s % kOfTile);
+        staged_[t][s] = x.template quad<Stored>(t, s / kOfTile, s % kOfTile);
       }
     }
   }
 
-  FA_DEVICE void write(T* dst, int64_t row_stride, int rows, int cols, bool aligned) const {
+  FA_DEVICE void write(Stored* dst, int64_t row_stride, int rows, int cols, bool aligned) const {
     FA_UNROLL
     for (int t = 0; t < kTiles; ++t) {
       const int row = first_row(t) + S::lane_row();
       FA_UNROLL
       for (int s = 0; s < kSteps; ++s) {
         const int col = S::kStep * s + 4 * S::group();
-        write_elements<T, 4>(dst + row * row_stride + col, staged_[t][s], row < rows ? cols - col : 0, aligned);
+        write_elements<Stored, 4>(dst + row * row_stride + col, staged_[t][s], row < rows ? cols - col : 0, aligned);
       }
     }
   }
@@ -89,7 +103,7 @@ class OwnedTile {
   static FA_DEVICE int first_row(int t) { return wave_of_block() * kWaveRows + t * kTile; }
 
   // Chunks with k along the rows, elements in ascending order, of the columns this wave multiplies.
-  FA_DEVICE void load_columns(const MemoryRows<T>& from) {
+  FA_DEVICE void load_columns(const MemoryRows<Stored>& from) {
     using C = Shape<kColTile>;
     FA_UNROLL
     for (int t = 0; t < kColTiles; ++t) {
@@ -97,10 +111,13 @@ class OwnedTile {
       FA_UNROLL
       for (int g = 0; g < kColChunks; ++g) {
         const int row = (C::kGroups * g + C::group()) * kElements;
-        columns_[t][g] = from.read_column(row, col);
-        if constexpr (kColumnRegisters >= 48) columns_[t][g] = kept_aside(columns_[t][g]);
+        columns_[t][g] = column_aside(from.read_column(row, col));
       }
     }
+  }
+  static FA_DEVICE Chunk<T> column_aside(const Chunk<T>& x) {
+    if constexpr (kColumnRegisters >= 48) return kept_aside(x);
+    return x;
   }
 
   Chunk<T> rows_[kTiles][kRowChunks];

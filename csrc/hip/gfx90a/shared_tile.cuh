@@ -16,6 +16,7 @@ namespace flash_attn::gfx90a {
 template <class T, int WARPS, int ROWS, int COLS, unsigned USES>
 class SharedTile {
  public:
+  using Stored = StoredOf<T>;
   static constexpr int kRows = ROWS, kCols = COLS;
   static constexpr bool kTransposed = sizeof(T) == 2 && (USES & (kKM | kKN)) != 0;
   static constexpr bool kStraight = !kTransposed || (USES & (kMK | kNK | kStaging)) != 0;
@@ -25,14 +26,16 @@ class SharedTile {
   FA_DEVICE explicit SharedTile(char* shared)
       : straight_((SharedPointer)shared), transposed_(straight_ + (kStraight ? kCopyBytes : 0)) {}
 
-  FA_DEVICE void load(const T* src, int64_t row_stride, int rows, int cols, bool aligned) {
-    const MemoryRows<T> from(src, row_stride, rows < ROWS ? rows : ROWS, cols, aligned);
+  FA_DEVICE void load(const Stored* src, int64_t row_stride, int rows, int cols, bool aligned) {
+    const MemoryRows<Stored> from(src, row_stride, rows < ROWS ? rows : ROWS, cols, aligned);
     for_each_vector([&](const Unit& where, int uniform_row, int row, int v) {
       staged_[v] = from.read(uniform_row, row, where.col);
     });
   }
 
   FA_DEVICE void land() {
+    FA_UNROLL
+    for (Chunk<T>& chunk : staged_) chunk = factors_of<T>(chunk);
     if constexpr (kStraight) {
       for_each_vector([&](const Unit& where, int uniform_row, int row, int v) {
         at<Chunk<T>>(straight_ + Straight::offset(uniform_row + row, where.col / kElements)) = staged_[v];
@@ -103,7 +106,7 @@ class SharedTile {
   FA_DEVICE void put(const Source& x) {
     static_assert(kStraight && Source::kM == ROWS && Source::kN == COLS);
     Source::for_each(
-        [&](int, int row, int col, int reg) { set(row, col, __builtin_bit_cast(Bits<T>, narrow<T>(x[reg]))); });
+        [&](int, int row, int col, int reg) { set(row, col, __builtin_bit_cast(Bits<T>, narrow<Stored>(x[reg]))); });
   }
 
   FA_DEVICE void set(int row, int col, Bits<T> x) {
@@ -123,12 +126,13 @@ class SharedTile {
     }
   }
 
-  FA_DEVICE void write(T* dst, int64_t row_stride, int rows, int cols, bool aligned) const {
+  FA_DEVICE void write(Stored* dst, int64_t row_stride, int rows, int cols, bool aligned) const {
     static_assert(kStraight);
     for_each_vector([&](const Unit& where, int uniform_row, int row, int) {
       const auto x = at<Chunk<T>>(straight_ + Straight::offset(uniform_row + row, where.col / kElements));
       row += uniform_row;
-      write_elements<T, kElements>(dst + row * row_stride + where.col, x, row < rows ? cols - where.col : 0, aligned);
+      const int count = row < rows ? cols - where.col : 0;
+      write_elements<Stored, kElements>(dst + row * row_stride + where.col, x, count, aligned);
     });
   }
 
