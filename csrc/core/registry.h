@@ -15,8 +15,8 @@ enum class KernelKind : int8_t { kForward, kCombine, kPreprocess, kBackward, kFi
 struct KernelKey {
   KernelKind kind;
   DType dtype;
-  int head_dim = 0;       // padded up to a compiled size
-  bool modified = false;  // softcap, ALiBi, dropout, s_dmask or an unusual scale are compiled in
+  int head_dim = 0;          // padded up to a compiled size
+  bool modified = false;     // softcap, ALiBi, dropout, s_dmask or an unusual scale are compiled in
   bool performance = false;  // the performance mode's arithmetic
 
   bool operator==(const KernelKey& other) const {

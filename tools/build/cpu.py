@@ -41,7 +41,7 @@ class CpuBackend(Backend):
         steps = [Step("cxx", (path,), self.object_path(path.parent.name, path), plain) for path in sources]
         for machine in self.machines:
             # sqrt, log2 ... may be vectorised.
-            flags = (*CXX_FLAGS, f"-I{csrc}", "-fno-math-errno", "-fno-trapping-math", *machine.flags)
+            flags: tuple[str, ...] = (*CXX_FLAGS, f"-I{csrc}", "-fno-math-errno", "-fno-trapping-math", *machine.flags)
             flags = (*flags, f"-DFA_ISA={machine.identifier}", *(GCC_LEVEL_FLAGS if self.is_gcc else ()))
             files = instance_files(machine, self.config)
             for path in write_instance_files(files, self.generated, ".cpp"):

@@ -37,7 +37,7 @@ class Family:
 FAMILIES = (
     Family("Forward", "cuda/kernels/forward.cuh", True, by_modified=True, alone=True, performance=("fp16", "bf16")),
     Family("Backward", "cuda/kernels/backward.cuh", True, by_modified=True, alone=True, performance=("fp16", "bf16")),
-    Family("FinishDq", "cuda/kernels/finish_dq.cuh", True, by_modified=False, alone=False),
+    Family("FinishDq", "cuda/kernels/finish_dq.cuh", by_head_dim=True, by_modified=False, alone=False),
     Family("Preprocess", "cuda/kernels/preprocess.cuh", True, by_modified=False, alone=False, performance=("fp16",)),
     Family("Combine", "cuda/kernels/combine.cuh", by_head_dim=False, by_modified=False, alone=False),
 )
@@ -55,8 +55,12 @@ class Machine:
     flags: tuple[str, ...] = ()
     head_dims: tuple[int, ...] = HEAD_DIMS
     processors: tuple[str, ...] = ()  # platform.machine() values; empty: any
-    has_performance_mode: bool = False  # the mode changes 16-bit arithmetic here; elsewhere rounding to nearest is free
-    performance_kinds: tuple[bool, ...] = ()  # which of plain and modified (False, True) are compiled for the mode
+    # Which of plain and modified (False, True) are compiled for the performance mode; none: rounding to nearest is free.
+    performance_kinds: tuple[bool, ...] = ()
+
+    @property
+    def has_performance_mode(self) -> bool:
+        return bool(self.performance_kinds)
 
     @property
     def identifier(self) -> str:
@@ -71,7 +75,7 @@ _X86 = ("x86_64", "AMD64")
 
 
 def _host(name: str, dtypes: tuple[str, ...], flags: tuple[str, ...], processors: tuple[str, ...] = _X86) -> Machine:
-    return Machine(name, "cpu", "cpu/arch.h", "Host", dtypes, flags, (64, 128, 256), processors, True, (True,))
+    return Machine(name, "cpu", "cpu/arch.h", "Host", dtypes, flags, (64, 128, 256), processors, (True,))
 
 
 # The host's levels are those of the x86-64 psABI, and above them what multiplies bf16; "generic" runs anywhere, Arm
@@ -84,15 +88,7 @@ MACHINES = (
     _host("generic", CPU_DTYPES, (), processors=()),
     Machine("sm90", "cuda", "cuda/sm90/arch.cuh", "Sm90", GPU_DTYPES),
     Machine("sm80", "cuda", "cuda/sm80/arch.cuh", "Sm80", GPU_DTYPES),
-    Machine(
-        "gfx90a",
-        "hip",
-        "hip/gfx90a/arch.cuh",
-        "Gfx90a",
-        GPU_DTYPES,
-        has_performance_mode=True,
-        performance_kinds=(False, True),
-    ),
+    Machine("gfx90a", "hip", "hip/gfx90a/arch.cuh", "Gfx90a", GPU_DTYPES, performance_kinds=(False, True)),
 )
 
 # What nvcc compiles the sm80 machine for: "80", "9.0", "sm_90"; see cuda.py.
@@ -238,9 +234,9 @@ def registry_source(tables: dict[Machine, tuple[Instance, ...]]) -> str:
         lines.append(f"const KernelInfo* const {machine.identifier}_kernels[] = {{")
         lines += [f"    &{row.symbol}," for row in rows]
         lines += ["};"]
-        fields = (f'"{machine.name}"', f"{machine.identifier}_kernels", f"{len(rows)}")
-        fields = (*fields, str(machine.has_performance_mode).lower())
-        lines.append(f"const KernelTable {machine.identifier} = {{{', '.join(fields)}}};")
+        has_mode = str(machine.has_performance_mode).lower()
+        fields = f'"{machine.name}", {machine.identifier}_kernels, {len(rows)}, {has_mode}'
+        lines.append(f"const KernelTable {machine.identifier} = {{{fields}}};")
         lines.append("")
     lines.append("const KernelTable* const tables[] = {")
     lines += [f"    &{machine.identifier}," for machine in tables]
