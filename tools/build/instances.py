@@ -55,7 +55,7 @@ class Machine:
     flags: tuple[str, ...] = ()
     head_dims: tuple[int, ...] = HEAD_DIMS
     processors: tuple[str, ...] = ()  # platform.machine() values; empty: any
-    # Which of plain and modified (False, True) are compiled for the performance mode; none: rounding to nearest is free.
+    # Which of plain and modified (False, True) are compiled for the performance mode; none: to nearest is free here.
     performance_kinds: tuple[bool, ...] = ()
 
     @property
