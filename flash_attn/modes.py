@@ -6,8 +6,8 @@ always does). A `split_size` adds schedule invariance: a query row's output and 
 keys and values it sees, the mask and `split_size`, so a whole prefill, a chunked prefill and a decode step agree bit
 for bit.
 
-The performance mode is on with `FLASH_ATTENTION_INTERNAL_PERFORMANCE_MODE=1`: AMD and CPU kernels then multiply float16 data
-in bfloat16, with float16 outputs, and narrow P and dS toward zero (docs/numerics.md). NVIDIA's do as ever.
+The performance mode is on with `FLASH_ATTENTION_INTERNAL_PERFORMANCE_MODE=1`: AMD and CPU kernels then multiply float16
+data in bfloat16, with float16 outputs, and narrow P and dS toward zero (docs/numerics.md). NVIDIA's do as ever.
 
 The state belongs to the process, as that of `torch.use_deterministic_algorithms` does: autograd and data loaders use
 threads of their own, and a mode that only the calling thread saw would be lost there. Set it from one thread while no
