@@ -34,7 +34,7 @@ class CpuBackend(Backend):
     def steps(self) -> list[Step]:
         csrc, torch = self.csrc, self.config.torch
         includes = (f"-I{csrc}", "-isystem", str(torch.include))
-        plain = (*CXX_FLAGS, *includes, *TORCH_FLAGS, "-pthread")
+        plain: tuple[str, ...] = (*CXX_FLAGS, *includes, *TORCH_FLAGS, "-pthread")
         if self.config.backend != "cpu":
             plain = (*plain, "-DFLASH_ATTENTION_GPU=1")
         sources = [path for folder in ("core", "binding", "cpu") for path in sorted((csrc / folder).glob("*.cpp"))]
