@@ -203,13 +203,14 @@ def performance_instances(machine: Machine, config: Config) -> Iterator[Instance
 
 
 def instance_files(machine: Machine, config: Config) -> tuple[InstanceFile, ...]:
-    """Heavy instances in a file each (on the host: each with its modified twin), the light ones of a dtype together."""
+    """Heavy instances in a file each (on the host: with the modified or 16-bit twin), a dtype's light ones together."""
     groups: dict[str, list[Instance]] = {}
     for instance in instances(machine, config):
         if not instance.family.alone:
             name = f"light_{instance.dtype}"
-        elif machine.backend == "cpu" and not instance.performance:
-            name = f"{instance.family.name.lower()}_{instance.dtype}_d{instance.head_dim}"
+        elif machine.backend == "cpu":
+            kind = "performance" if instance.performance else instance.dtype
+            name = f"{instance.family.name.lower()}_{kind}_d{instance.head_dim}"
         else:
             name = instance.name
         groups.setdefault(name, []).append(instance)
