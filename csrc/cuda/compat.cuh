@@ -239,6 +239,35 @@ FA_DEVICE uint32_t reread(uint32_t launched) {
   return launched;
 }
 
+// Values that are the same in all lanes, said to be new: what is derived from them is worked out again where it is
+// needed, rather than held across a loop. On AMD a wave has 102 scalar registers.
+template <class... Ints>
+FA_DEVICE void renew(Ints&... x) {
+#if defined(__HIP_DEVICE_COMPILE__)
+  (..., [](auto& one) { asm volatile("" : "+s"(one)); }(x));
+#else
+  (..., void(x));
+#endif
+}
+
+// A condition that is held across a loop. On AMD a bool would take two scalar registers, and its opposite two more.
+#if defined(__HIPCC__)
+class HeldFlag {
+ public:
+  FA_DEVICE HeldFlag(bool x) : flag_(uniform(int(x))) {}
+  FA_DEVICE operator bool() const {
+    int flag = flag_;
+    renew(flag);
+    return flag != 0;
+  }
+
+ private:
+  int flag_;
+};
+#else
+using HeldFlag = bool;
+#endif
+
 // ---- 16-bit conversions ------------------------------------------------------------------------------------------
 
 enum class Rounding { kNearestEven, kTowardZero };

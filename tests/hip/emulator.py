@@ -27,6 +27,7 @@ def amdemu() -> Any:
     if str(EMULATOR) not in sys.path:
         sys.path.insert(0, str(EMULATOR))
     import amdemu
+    import amdemu.codeobject
 
     return amdemu
 
@@ -192,6 +193,7 @@ class Emulator:
         self.kernels = {
             (k.instance.family.name, k.instance.dtype, k.instance.head_dim, k.instance.modified): k for k in kernels
         }
+        self.codes: dict[str, Any] = {}  # loaded code objects: decoding takes longer than running
         self.statistics: dict[str, dict[str, Any]] = {}
 
     def find(self, family: str, dtype: torch.dtype, head_dim: int = 0, modified: bool = False) -> CompiledKernel:
@@ -209,8 +211,11 @@ class Emulator:
         blocks = kernel.info.blocks(ctypes.byref(p))
         if blocks == 0:
             return
-        self.statistics[kernel.instance.name] = amdemu().launch(
-            str(kernel.code),
+        name = kernel.instance.name
+        if name not in self.codes:
+            self.codes[name] = amdemu().codeobject.load(str(kernel.code), None, kernel.resources.name)
+        self.statistics[name] = amdemu().launch(
+            self.codes[name],
             kernel.resources.name,
             grid=(blocks, 1, 1),
             block=kernel.info.threads,

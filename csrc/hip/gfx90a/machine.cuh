@@ -140,6 +140,16 @@ FA_DEVICE float exchange(float x, int mask) {
 FA_DEVICE float max_number(float x, float y) { return __builtin_amdgcn_fmed3f(x, y, infinity<float>()); }
 
 
+// f(std::true_type) or f(std::false_type): one branch round a loop rather than one in each of its turns.
+template <class F>
+FA_DEVICE void with_constant(bool condition, F&& f) {
+  if (condition) {
+    f(std::true_type());
+  } else {
+    f(std::false_type());
+  }
+}
+
 // Device memory from `base` (the same in every lane), read through a descriptor: what lies at `bytes` and beyond reads
 // as zero, and no branch is needed for it. Offsets are in bytes.
 class Buffer {
@@ -156,6 +166,10 @@ class Buffer {
   FA_DEVICE Vector<float, 4> read_four(uint32_t offset) const { return load_four(descriptor_, int(offset), 0, 0); }
   FA_DEVICE float read(uint32_t offset) const { return load_one(descriptor_, int(offset), 0, 0); }
   FA_DEVICE uint16_t read_half(uint32_t offset) const { return uint16_t(load_half(descriptor_, int(offset), 0, 0)); }
+  // Adds x at offset + uniform_offset, at the memory's own adders and in no particular order.
+  FA_DEVICE void add(uint32_t offset, uint32_t uniform_offset, float x) const {
+    add_one(x, descriptor_, int(offset), int(uniform_offset), 0);
+  }
 
  private:
   static __device__ Vector<float, 4> load_four(Vector<int, 4> descriptor, int offset, int uniform_offset,
@@ -164,6 +178,8 @@ class Buffer {
                                    int policy) __asm("llvm.amdgcn.raw.buffer.load.f32");
   static __device__ int16_t load_half(Vector<int, 4> descriptor, int offset, int uniform_offset,
                                       int policy) __asm("llvm.amdgcn.raw.buffer.load.i16");
+  static __device__ float add_one(float x, Vector<int, 4> descriptor, int offset, int uniform_offset,
+                                  int policy) __asm("llvm.amdgcn.raw.buffer.atomic.fadd.f32");
 
   Vector<int, 4> descriptor_;
 };
@@ -173,23 +189,28 @@ class Buffer {
 template <class T>
 class MemoryRows {
  public:
-  FA_DEVICE MemoryRows(const T* src, int64_t row_stride, int rows, int cols, bool aligned)
+  FA_DEVICE MemoryRows(const T* src, int64_t row_stride, int rows, int cols)
       : base_(reinterpret_cast<const char*>(src)),
         rows_(rows),
         cols_(cols),
-        aligned_(aligned),
         row_bytes_(rows > 1 ? uint32_t(row_stride) * uint32_t(sizeof(T)) & kMaxRowBytes : kMaxRowBytes),
         bytes_(rows > 0 ? (rows - 1) * row_bytes_ + cols * uint32_t(sizeof(T)) : 0) {}
 
-  // Row first_row + row; first_row is the same in every lane.
+  // Row first_row + row; first_row is the same in every lane. ALIGNED: rows and columns allow 16-byte access.
+  template <bool ALIGNED>
   FA_DEVICE Chunk<T> read(int first_row, int row, int col) const {
-    const uint32_t skipped = first_row * row_bytes_;
-    const Buffer buffer(base_ + skipped, bytes_ > skipped ? bytes_ - skipped : 0);
-    if (aligned_) return __builtin_bit_cast(Chunk<T>, buffer.read_four(col < cols_ ? offset(row, col) : kBehindTheEnd));
-    Chunk<T> x;
-    FA_UNROLL
-    for (int i = 0; i < kChunkElements<T>; ++i) x[i] = read_one(buffer, offset(row, col) + i * sizeof(T));
-    return first_of(x, first_row + row < rows_ ? cols_ - col : 0);
+    if constexpr (ALIGNED) {
+      const uint32_t skipped = first_row * row_bytes_;
+      const Buffer buffer(base_ + skipped, bytes_ > skipped ? bytes_ - skipped : 0);
+      return __builtin_bit_cast(Chunk<T>, buffer.read_four(col < cols_ ? offset(row, col) : kBehindTheEnd));
+    } else {
+      const Buffer buffer(base_, bytes_);
+      row += first_row;
+      Chunk<T> x;
+      FA_UNROLL
+      for (int i = 0; i < kChunkElements<T>; ++i) x[i] = read_one(buffer, offset(row, col) + i * sizeof(T));
+      return first_of(x, row < rows_ ? cols_ - col : 0);
+    }
   }
 
   // The same of a column: rows row, row + 1, ...
@@ -227,7 +248,6 @@ class MemoryRows {
 
   const char* base_;
   int rows_, cols_;
-  bool aligned_;
   uint32_t row_bytes_, bytes_;
 };
 
@@ -247,11 +267,6 @@ FA_DEVICE void write_elements(T* dst, const Vector<Bits<T>, N>& x, int count, bo
 template <class T>
 FA_DEVICE float widen_bits(Bits<T> x) {
   return widen(__builtin_bit_cast(T, x));
-}
-
-// *p += x, at the memory's own adders and in no particular order.
-FA_DEVICE void add_to_memory(float* p, float x) {
-  __builtin_amdgcn_global_atomic_fadd_f32((__attribute__((address_space(1))) float*)p, x);
 }
 
 }  // namespace flash_attn::gfx90a
