@@ -218,6 +218,17 @@ FA_DEVICE const Params& launched(const Params& p) {
 #endif
 }
 
+// The block's shared memory, `declared` as the launch's. On AMD it begins at address 0, no kernel having any of fixed
+// size (a test sees to it): where the compiler knows that, the tiles' offsets are part of the instructions.
+FA_DEVICE char* block_memory(char* declared) {
+#if defined(__HIP_DEVICE_COMPILE__)
+  const uint32_t begin = 0;
+  return (char*)(__attribute__((address_space(3))) char*)begin;
+#else
+  return declared;
+#endif
+}
+
 // launched() parameters, to be read again: what was read before need not be held in registers until now.
 template <class Params>
 FA_DEVICE const Params& reread(const Params& p) {

@@ -28,6 +28,7 @@ def amdemu() -> Any:
         sys.path.insert(0, str(EMULATOR))
     import amdemu
     import amdemu.codeobject
+    import amdemu.compile
 
     return amdemu
 
@@ -206,6 +207,13 @@ class Emulator:
             pytest.skip(f"no {family} was compiled for {DTYPES[dtype]} and head_dim {head_dim}")
         return self.kernels[family, DTYPES[dtype], size, modified]
 
+    def code(self, kernel: CompiledKernel) -> Any:
+        """The code object, decoded."""
+        return amdemu().codeobject.load(str(kernel.code), None, self.symbol(kernel))
+
+    def symbol(self, kernel: CompiledKernel) -> str:
+        return kernel.resources.name
+
     def run(self, kernel: CompiledKernel, p: Any, memory: list[Tensor], more_shared_bytes: int = 0) -> None:
         """One launch, with every check that the emulator has: bounds, LDS races, uninitialised values."""
         blocks = kernel.info.blocks(ctypes.byref(p))
@@ -213,10 +221,10 @@ class Emulator:
             return
         name = kernel.instance.name
         if name not in self.codes:
-            self.codes[name] = amdemu().codeobject.load(str(kernel.code), None, kernel.resources.name)
+            self.codes[name] = self.code(kernel)
         self.statistics[name] = amdemu().launch(
             self.codes[name],
-            kernel.resources.name,
+            self.symbol(kernel),
             grid=(blocks, 1, 1),
             block=kernel.info.threads,
             args=[bytes(p)],

@@ -51,7 +51,7 @@ struct Forward {
   // What one block knows and holds while it runs.
   const Params& p;
   Work work;
-  Sequence seq;
+  const Sequence seq;
   Mask mask;
   const ScoreModifier<Scalar, kModified> modifier;
   const Dropout dropout;
@@ -156,7 +156,7 @@ struct Forward {
 
   // One block of keys, whose load has been started; starts the next one's.
   FA_DEVICE void visit(int key, int begin, int end, Output& output, OnlineSoftmax<Scalar, Rows>& softmax) {
-    renew(work.query_begin, seq.len_k, mask.left, mask.right, mask.shift);
+    renew(work.query_begin, mask.left, mask.right);
     A::template wait<0>();
     if (key == begin) q_tile.land();
     k_tile.land();
