@@ -18,8 +18,14 @@ from tools.build.torch_package import find_torch
 HIPIFY = ROOT / "tools/build/hipify.py"
 
 HEAD_DIMS = (32, 64, 96, 128, 192, 256)
-FORWARD_KEYS = {2: {32: 64, 64: 64, 96: 64, 128: 64, 192: 32, 256: 32}, 4: {32: 64, 64: 32, 96: 32, 128: 32, 192: 16, 256: 16}}
-QUERIES = {2: {32: 32, 64: 32, 96: 32, 128: 32, 192: 16, 256: 16}, 4: {32: 32, 64: 16, 96: 32, 128: 16, 192: 16, 256: 16}}
+FORWARD_KEYS = {
+    2: {32: 64, 64: 64, 96: 64, 128: 64, 192: 32, 256: 32},
+    4: {32: 64, 64: 32, 96: 32, 128: 32, 192: 16, 256: 16},
+}
+QUERIES = {
+    2: {32: 32, 64: 32, 96: 32, 128: 32, 192: 16, 256: 16},
+    4: {32: 32, 64: 16, 96: 32, 128: 16, 192: 16, 256: 16},
+}
 READ_GROUPS = [[*range(4 * a, 4 * a + 4), *range(4 * b, 4 * b + 4)] for a, b in ((0, 5), (1, 4), (2, 7), (3, 6))]
 READ_GROUPS += [[lane + 32 for lane in group] for group in READ_GROUPS]
 
@@ -56,7 +62,7 @@ def probes() -> dict[str, str]:
                     found[f"transposed_{name}"] = f"TRANSPOSED({name}, {rows}, {d})"
                 else:
                     found[f"elements_{name}"] = f"ELEMENTS({name}, float, {rows}, {d}, {32 if rows % 32 == 0 else 16})"
-    for size, element in ((2, "Half"), (4, "float")):
+    for element in ("Half", "float"):
         for rows in (16, 32):
             name = f"{element}_ds_{rows}"
             found[f"elements_{name}"] = f"ELEMENTS({name}, {element}, {rows}, {4 * rows}, {rows})"

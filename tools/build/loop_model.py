@@ -3,7 +3,7 @@
 For every kernel asked for, the path that an unmasked block takes through the loop that multiplies is cut out of the
 disassembly. Its matrix instructions' passes and the other vector instructions' issue cycles are added up, and llvm-mca
 models the loop: one wave, in order, with latencies. A cycle is that of the instruction issue, four of the clock's, in
-which a vector instruction of 64 lanes passes a SIMD of 16; a matrix instruction takes 4, 8 or 16. Needs hipcc and LLVM's
+which a vector instruction of 64 lanes passes a SIMD of 16; a matrix instruction takes 8 or 16. Needs hipcc, and LLVM's
 llvm-objdump and llvm-mca; no GPU.
 """
 
@@ -17,7 +17,6 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 from tools.build.code_objects import device_code
 from tools.build.config import from_environment
@@ -31,6 +30,9 @@ MODELLED_TURNS = 20
 PASSES = {"32x32x8f16": 16, "32x32x8bf16_1k": 16, "32x32x2f32": 16}
 PASSES |= {"16x16x16f16": 8, "16x16x16bf16_1k": 8, "16x16x4f32": 8}
 QUARTER_RATE = re.compile(r"v_(exp|log|rcp|rsq|sqrt|sin|cos)_f32|v_mul_(lo|hi)_[ui]32|v_mad_[ui]64_[ui]32")
+
+
+Weight = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Block:
     successors: tuple[int, ...]
 
     @cached_property
-    def weight(self) -> tuple[int, int, int]:
+    def weight(self) -> Weight:
         """What a path should have most of: products, then data moved, then as little else as can be. Data that is then
         selected from does not count: masks and the ends of tensors do that, and the path in question has neither."""
         selects = sum(one.name.startswith("v_cndmask") for one in self.instructions)
@@ -129,7 +131,8 @@ def basic_blocks(code: list[Instruction]) -> dict[int, Block]:
     branches = [one for one in code if "branch" in one.name or one.name == "s_endpgm"]
     starts = {code[0].address, *(one.target for one in branches if one.target is not None)}
     starts |= {follows[one.address] for one in branches if one.address in follows}
-    blocks, current = {}, []
+    blocks: dict[int, Block] = {}
+    current: list[Instruction] = []
     for one in code:
         current.append(one)
         following = follows.get(one.address)
@@ -145,15 +148,15 @@ def loops(blocks: dict[int, Block], entry: int) -> Iterator[tuple[int, frozenset
     """(header, members) of every natural loop, found by its back edges in a depth-first walk."""
     predecessors: dict[int, set[int]] = {address: set() for address in blocks}
     for address, block in blocks.items():
-        for successor in block.successors:
-            predecessors[successor].add(address)
+        for following in block.successors:
+            predecessors[following].add(address)
     state: dict[int, int] = {}  # 1: on the stack, 2: done
     stack = [(entry, iter(blocks[entry].successors))]
     state[entry] = 1
     tails: dict[int, set[int]] = {}
     while stack:
-        address, successors = stack[-1]
-        successor = next(successors, None)
+        address, left = stack[-1]
+        successor = next(left, None)
         if successor is None:
             state[address] = 2
             stack.pop()
@@ -165,41 +168,37 @@ def loops(blocks: dict[int, Block], entry: int) -> Iterator[tuple[int, frozenset
     for header, ends in tails.items():
         members, todo = {header}, list(ends)
         while todo:
-            address = todo.pop()
-            if address not in members:
-                members.add(address)
-                todo += predecessors[address]
+            member = todo.pop()
+            if member not in members:
+                members.add(member)
+                todo += predecessors[member]
         yield header, frozenset(members)
 
 
 def heaviest_path(blocks: dict[int, Block], header: int, members: frozenset[int]) -> list[Instruction]:
     """The path round the loop that an unmasked step takes: see Block.weight."""
-    best: dict[int, tuple[tuple[int, ...], int | None] | None] = {}
+    best: dict[
+        int, tuple[Weight, int]
+    ] = {}  # to a block that leads back to the header: the weight up to there, and how
 
-    def visit(address: int, above: frozenset[int]) -> tuple[int, ...] | None:
-        """The best weight from here to the header; None where no way leads there but through what lies above."""
-        if address in best:
-            return best[address][0] if best[address] else None
+    def visit(address: int, above: frozenset[int]) -> None:
         choices = []
         for successor in blocks[address].successors:
+            if successor in members and successor != header and successor not in best and successor not in above:
+                visit(successor, above | {address})
             if successor == header:
-                choices.append(((0, 0, 0), None))
-            elif successor in members and successor not in above:
-                rest = visit(successor, above | {address})
-                if rest is not None:
-                    choices.append((rest, successor))
-        if not choices:
-            best[address] = None
-            return None
-        rest, successor = max(choices, key=lambda choice: choice[0])
-        weight = tuple(a + b for a, b in zip(blocks[address].weight, rest, strict=True))
-        best[address] = (weight, successor)
-        return weight
+                choices.append(((0, 0, 0), header))
+            elif successor in best:
+                choices.append((best[successor][0], successor))
+        if choices:
+            (products, moved, others), successor = max(choices)
+            own = blocks[address].weight
+            best[address] = ((own[0] + products, own[1] + moved, own[2] + others), successor)
 
-    sys.setrecursionlimit(100_000)
     visit(header, frozenset())
-    path, address = [], header
-    while address is not None:
+    path = list(blocks[header].instructions)
+    address = best[header][1]
+    while address != header:
         path += blocks[address].instructions
         address = best[address][1]
     return path
@@ -252,7 +251,8 @@ def main() -> int:
     try:
         config = from_environment({**os.environ, "FLASH_ATTENTION_BACKEND": "hip"})
         kernels = list(compiled_kernels(config, compile_kernels(config)))
-        print("| kernel | rows x keys | MFMA | VALU | instructions | llvm-mca | MFMA share |\n|---|---|---|---|---|---|---|")
+        print("| kernel | rows x keys | MFMA | VALU | instructions | llvm-mca | MFMA share |")
+        print("|---|---|---|---|---|---|---|")
         for kernel in kernels:
             instance = kernel.instance
             chosen = instance.name in names if names else instance.family.alone and not instance.modified

@@ -200,7 +200,8 @@ struct Gfx90a::Block {
       float sum = 0;
       for (int col = lane() % kLanesOfRow * kElements; col < D; col += kLanesOfRow * kElements) {
         gfx90a::with_constant(aligned, [&](auto is_aligned) {
-          const auto x = a_rows.template read<is_aligned>(0, row, col), y = b_rows.template read<is_aligned>(0, row, col);
+          const auto x = a_rows.template read<is_aligned>(0, row, col);
+          const auto y = b_rows.template read<is_aligned>(0, row, col);
           FA_UNROLL
           for (int i = 0; i < kElements; ++i)
             sum = fma_rn(gfx90a::widen_bits<T>(x[i]), gfx90a::widen_bits<T>(y[i]), sum);

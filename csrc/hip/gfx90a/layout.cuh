@@ -67,9 +67,9 @@ struct StraightLayout {
   }
 };
 
-// Columns of ROWS 16-bit elements, in lines of 128 bytes: 64 rows of one column, 32 of two or 16 of four. Of every 32 rows,
-// those that are 16 apart lie side by side in fours, so that a lane finds two of its quads in one chunk, whichever the
-// shape of the matrix instruction: see step_of().
+// Columns of ROWS 16-bit elements, in lines of 128 bytes: 64 rows of one column, 32 of two or 16 of four. Of every 32
+// rows, those that are 16 apart lie side by side in fours, so that a lane finds two of its quads in one chunk,
+// whichever the shape of the matrix instruction: see step_of().
 //
 // Reads go through consecutive columns; a thread writes eight columns in turn while its neighbours write those eight
 // further on. So both col and col / 8 must take part in the swizzle, in bits that do not meet.
@@ -130,9 +130,9 @@ struct TransposedLayout {
 };
 
 // What one thread moves at a time: one chunk, or, where a transposed copy is written, the same chunk of two or four
-// neighbouring rows, so that its columns can be written in words (and the same for a tile without such a copy, where that
-// costs nothing: K's addresses are then V's). A pass of all threads covers whole rows where it can, so that only the first
-// row differs between passes.
+// neighbouring rows, so that its columns can be written in words (and the same for a tile without such a copy, where
+// that costs nothing: K's addresses are then V's). A pass of all threads covers whole rows where it can, so that only
+// the first row differs between passes.
 template <int ROWS, int COLS, int ELEMENTS, int THREADS, bool TRANSPOSED>
 struct LoadUnit {
   static constexpr int kChunks = COLS / ELEMENTS;

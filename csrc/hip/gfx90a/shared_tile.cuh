@@ -39,8 +39,9 @@ class SharedTile {
     if constexpr (kStraight) {
       const int offset = unhoisted(Straight::offset(Unit(0).row, Unit(0).col / kElements));
       for_each_vector([&](const Unit& where, int uniform_row, int row, int v) {
-        at<Chunk<T>>(straight_ + (Unit::kUniform ? Straight::next_row(offset, uniform_row)
-                                                 : Straight::offset(uniform_row + row, where.col / kElements))) = staged_[v];
+        const int at_row = Unit::kUniform ? Straight::next_row(offset, uniform_row)
+                                          : Straight::offset(uniform_row + row, where.col / kElements);
+        at<Chunk<T>>(straight_ + at_row) = staged_[v];
       });
     }
     if constexpr (kTransposed) {
