@@ -218,16 +218,17 @@ FA_DEVICE const Params& launched(const Params& p) {
 #endif
 }
 
-// The block's shared memory, `declared` as the launch's. On AMD it begins at address 0, no kernel having any of fixed
-// size (a test sees to it): where the compiler knows that, the tiles' offsets are part of the instructions.
-FA_DEVICE char* block_memory(char* declared) {
-#if defined(__HIP_DEVICE_COMPILE__)
+// Declares `name` to be the shared memory that a launch gives a block. On AMD it begins at address 0, as no kernel has
+// any of fixed size (a test sees to it): where the compiler knows that, the tiles' offsets are part of the instructions.
+#if defined(__HIPCC__)
+__device__ __forceinline__ char* first_of_shared_memory() {
   const uint32_t begin = 0;
   return (char*)(__attribute__((address_space(3))) char*)begin;
-#else
-  return declared;
-#endif
 }
+#define FA_SHARED_MEMORY(name) char* const name = first_of_shared_memory()
+#else
+#define FA_SHARED_MEMORY(name) extern __shared__ __align__(128) char name[]
+#endif
 
 // launched() parameters, to be read again: what was read before need not be held in registers until now.
 template <class Params>
