@@ -219,7 +219,7 @@ FA_DEVICE const Params& launched(const Params& p) {
 }
 
 // Declares `name` to be the shared memory that a launch gives a block. On AMD it begins at address 0, as no kernel has
-// any of fixed size (a test sees to it): where the compiler knows that, the tiles' offsets are part of the instructions.
+// any of fixed size (a test sees to it): the compiler then makes the tiles' offsets part of the instructions.
 #if defined(__HIPCC__)
 __device__ __forceinline__ char* first_of_shared_memory() {
   const uint32_t begin = 0;
