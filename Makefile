@@ -79,9 +79,10 @@ hip: $(READY)
 	$(PY) -m tools.build --no-install
 	$(PY) -m tools.build.hip_kernels
 
+# HIP_TESTS: further arguments of pytest; -m "not grid" leaves out the long part.
 test-hip: hip build
 	$(call need,pytest hypothesis numpy)
-	$(PY) -m pytest tests/hip
+	$(PY) -m pytest tests/hip $(HIP_TESTS)
 
 bench: build
 	$(PY) -m flash_attn bench

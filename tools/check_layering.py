@@ -22,6 +22,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "cuda/instance.cuh": ("cuda/compat.cuh", "core"),
     "cuda/launch.cu": ("cuda/attention", "cuda/compat.cuh", "core", "backend.h", "vendor"),
     "hip/gfx90a": ("cuda/tile", "cuda/compat.cuh", "core", "vendor"),
+    "hip/gfx942": ("hip/gfx90a",),
     "cpu": ("cuda/tile", "cuda/compat.cuh", "core"),
     "cpu/cpu.cpp": ("cpu", "cuda/attention", "cuda/compat.cuh", "core", "backend.h"),
 }

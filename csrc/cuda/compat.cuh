@@ -218,6 +218,18 @@ FA_DEVICE const Params& launched(const Params& p) {
 #endif
 }
 
+// Declares `name` to be the shared memory that a launch gives a block. On AMD it begins at address 0, as no kernel has
+// any of fixed size (a test sees to it): the compiler then makes the tiles' offsets part of the instructions.
+#if defined(__HIPCC__)
+__device__ __forceinline__ char* first_of_shared_memory() {
+  const uint32_t begin = 0;
+  return (char*)(__attribute__((address_space(3))) char*)begin;
+}
+#define FA_SHARED_MEMORY(name) char* const name = first_of_shared_memory()
+#else
+#define FA_SHARED_MEMORY(name) extern __shared__ __align__(128) char name[]
+#endif
+
 // launched() parameters, to be read again: what was read before need not be held in registers until now.
 template <class Params>
 FA_DEVICE const Params& reread(const Params& p) {
@@ -238,6 +250,35 @@ FA_DEVICE uint32_t reread(uint32_t launched) {
 #endif
   return launched;
 }
+
+// Values that are the same in all lanes, said to be new: what is derived from them is worked out again where it is
+// needed, rather than held across a loop. On AMD a wave has 102 scalar registers.
+template <class... Ints>
+FA_DEVICE void renew(Ints&... x) {
+#if defined(__HIP_DEVICE_COMPILE__)
+  (..., [](auto& one) { asm volatile("" : "+s"(one)); }(x));
+#else
+  (..., void(x));
+#endif
+}
+
+// A condition that is held across a loop. On AMD a bool would take two scalar registers, and its opposite two more.
+#if defined(__HIPCC__)
+class HeldFlag {
+ public:
+  FA_DEVICE HeldFlag(bool x) : flag_(uniform(int(x))) {}
+  FA_DEVICE operator bool() const {
+    int flag = flag_;
+    renew(flag);
+    return flag != 0;
+  }
+
+ private:
+  int flag_;
+};
+#else
+using HeldFlag = bool;
+#endif
 
 // ---- 16-bit conversions ------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ namespace flash_attn {
 
 template <class K>
 __global__ void __launch_bounds__(K::kThreads, K::kMinBlocks) run_kernel(const FA_GRID_CONSTANT typename K::Params p) {
-  extern __shared__ __align__(128) char shared[];
+  FA_SHARED_MEMORY(shared);
   K::run(launched(p), int64_t(blockIdx.x), shared);
 }
 

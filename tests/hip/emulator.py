@@ -27,6 +27,8 @@ def amdemu() -> Any:
     if str(EMULATOR) not in sys.path:
         sys.path.insert(0, str(EMULATOR))
     import amdemu
+    import amdemu.codeobject
+    import amdemu.compile
 
     return amdemu
 
@@ -196,6 +198,7 @@ class Emulator:
     def __init__(self, kernels: list[CompiledKernel]):
         rows = ((kernel, kernel.instance) for kernel in kernels)
         self.kernels = {(x.family.name, x.dtype, x.head_dim, x.modified, x.performance): kernel for kernel, x in rows}
+        self.codes: dict[str, Any] = {}  # loaded code objects: decoding takes longer than running
         self.statistics: dict[str, dict[str, Any]] = {}
 
     def find(
@@ -215,14 +218,24 @@ class Emulator:
             pytest.skip(f"no {family} was compiled for {name} and head_dim {head_dim}")
         return self.kernels[family, name, size, modified, performance]
 
+    def code(self, kernel: CompiledKernel) -> Any:
+        """The code object, decoded."""
+        return amdemu().codeobject.load(str(kernel.code), None, self.symbol(kernel))
+
+    def symbol(self, kernel: CompiledKernel) -> str:
+        return kernel.resources.name
+
     def run(self, kernel: CompiledKernel, p: Any, memory: list[Tensor], more_shared_bytes: int = 0) -> None:
         """One launch, with every check that the emulator has: bounds, LDS races, uninitialised values."""
         blocks = kernel.info.blocks(ctypes.byref(p))
         if blocks == 0:
             return
-        self.statistics[kernel.instance.name] = amdemu().launch(
-            str(kernel.code),
-            kernel.resources.name,
+        name = kernel.instance.name
+        if name not in self.codes:
+            self.codes[name] = self.code(kernel)
+        self.statistics[name] = amdemu().launch(
+            self.codes[name],
+            self.symbol(kernel),
             grid=(blocks, 1, 1),
             block=kernel.info.threads,
             args=[bytes(p)],

@@ -38,8 +38,8 @@ class KernelResources:
 
     @property
     def is_lean(self) -> bool:
-        """No scratch memory. Scalar registers may spill, but only to lanes of vector registers."""
-        return self.vgpr_spills == self.scratch_bytes == 0
+        """Nothing spilled, neither to memory nor to lanes of vector registers, and no scratch memory."""
+        return self.vgpr_spills == self.sgpr_spills == self.scratch_bytes == 0
 
 
 def sections(elf: bytes) -> Iterator[tuple[str, int, bytes]]:

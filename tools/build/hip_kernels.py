@@ -60,10 +60,6 @@ class KernelTable(ctypes.Structure):
     ]
 
 
-# Four accumulators of fp32, 256 columns wide, beside what dropout and softcap hold: a few registers over 512.
-KNOWN_SPILLS = frozenset({"backward_fp32_d256_modified"})
-
-
 @dataclass(frozen=True)
 class CompiledKernel:
     """One instance: where it is, what the host knows of it, what it takes."""
@@ -80,8 +76,7 @@ class CompiledKernel:
 
     @property
     def problems(self) -> list[str]:
-        lean = self.resources.is_lean or self.instance.name in KNOWN_SPILLS
-        found = [] if lean else ["vector registers spilled, or scratch"]
+        found = [] if self.resources.is_lean else ["registers spilled, or scratch"]
         found += [f"{self.lds_bytes} bytes of LDS"] if self.lds_bytes > LDS_BYTES else []
         return found
 
@@ -145,16 +140,17 @@ def report(found: list[CompiledKernel]) -> str:
         "waves",
         "LDS",
         "+ stash",
-        "spills",
-        "scratch",
+        "VGPR spills",
+        "SGPR spills",
+        "private segment",
     )
     lines: list[tuple[str, ...]] = [head]
     for kernel in found:
         info, used = kernel.info, kernel.resources
         block = f"{info.block_m} x {info.block_n}"
-        spills = used.vgpr_spills + used.sgpr_spills
         numbers = (info.threads, used.vgprs, used.agprs, used.sgprs, used.waves, info.shared_bytes + used.lds_bytes)
-        row = (kernel.instance.name, block, *numbers, info.stash_bytes, spills, used.scratch_bytes)
+        spills = (used.vgpr_spills, used.sgpr_spills, used.scratch_bytes)
+        row = (kernel.instance.name, block, *numbers, info.stash_bytes, *spills)
         lines.append(tuple(str(value) for value in row))
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     text = (

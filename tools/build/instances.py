@@ -89,6 +89,7 @@ MACHINES = (
     Machine("sm90", "cuda", "cuda/sm90/arch.cuh", "Sm90", GPU_DTYPES),
     Machine("sm80", "cuda", "cuda/sm80/arch.cuh", "Sm80", GPU_DTYPES),
     Machine("gfx90a", "hip", "hip/gfx90a/arch.cuh", "Gfx90a", GPU_DTYPES, performance_kinds=(False, True)),
+    Machine("gfx942", "hip", "hip/gfx942/arch.cuh", "Gfx942", GPU_DTYPES, performance_kinds=(False, True)),
 )
 
 # What nvcc compiles the sm80 machine for: "80", "9.0", "sm_90"; see cuda.py.

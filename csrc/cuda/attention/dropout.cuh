@@ -21,7 +21,7 @@ class Dropout {
     key_[0] = uniform(uint32_t(seed) ^ uint32_t(offset >> 32));
     key_[1] = uniform(uint32_t(seed >> 32));
     offset_ = uniform(uint32_t(offset));
-    sequence_ = uint32_t(batch * p.heads_q + head);
+    sequence_ = uniform(uint32_t(batch * p.heads_q + head));
   }
 
   FA_DEVICE bool enabled() const { return enabled_; }
@@ -31,9 +31,11 @@ class Dropout {
   template <class Accumulator, class F>
   FA_DEVICE void for_each(int row0, int col0, F&& f) const {
     const uint32_t key[2] = {reread(key_[0]), reread(key_[1])};  // a loop would hold all the rounds' keys
+    uint32_t sequence = sequence_;
+    renew(sequence);  // and its first product
     Accumulator::for_each_patch([&](int row, int col, const int(&reg)[8]) {
       uint32_t bits[4];
-      random(key, uint32_t(row0 + row), uint32_t(col0 + col), bits);
+      random(key, sequence, uint32_t(row0 + row), uint32_t(col0 + col), bits);
       const int corner = (row & 8 ? 2 : 0) + (col & 8 ? 1 : 0);  // which of the patch's four pairs the lane begins with
       uint32_t pair[4];
       FA_UNROLL
@@ -50,8 +52,9 @@ class Dropout {
 
  private:
   // The bits of the patch that (row, col) lies in.
-  FA_DEVICE void random(const uint32_t (&key)[2], uint32_t row, uint32_t col, uint32_t (&out)[4]) const {
-    uint32_t c0 = (row / 16) * 8 + row % 8, c1 = (col / 16) * 4 + (col % 8) / 2, c2 = sequence_, c3 = offset_;
+  FA_DEVICE void random(const uint32_t (&key)[2], uint32_t sequence, uint32_t row, uint32_t col,
+                        uint32_t (&out)[4]) const {
+    uint32_t c0 = (row / 16) * 8 + row % 8, c1 = (col / 16) * 4 + (col % 8) / 2, c2 = sequence, c3 = offset_;
     uint32_t k0 = key[0], k1 = key[1];
     FA_UNROLL
     for (int round = 0; round < 10; ++round) {
@@ -67,7 +70,7 @@ class Dropout {
     out[0] = c0, out[1] = c1, out[2] = c2, out[3] = c3;
   }
 
-  bool enabled_;
+  HeldFlag enabled_;
   uint32_t threshold_, key_[2] = {}, offset_ = 0, sequence_ = 0;
 };
 

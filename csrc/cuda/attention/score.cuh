@@ -30,7 +30,8 @@ class ScoreModifier {
   template <class Scores, class F>
   FA_DEVICE void apply(Scores& scores, int query, int key, F&& differentiate) const {
     if (!active()) return;
-    const Scalar softcap = p_.softcap;
+    const AttentionParams& p = reread(p_);
+    const Scalar softcap = p.softcap;
     if (softcap > 0) {
       Scores::for_each([&](int, int, int, int reg) {
         const Scalar t = tanh_accurate(scores[reg] * scale_ / softcap);
@@ -40,7 +41,7 @@ class ScoreModifier {
     } else {
       Scores::for_each([&](int, int, int, int reg) { scores[reg] *= scale_; });
     }
-    if (p_.alibi_slopes != nullptr) {
+    if (p.alibi_slopes != nullptr) {
       const int shift = query + shift_ - key;
       Scores::for_each([&](int, int row, int col, int reg) {
         const int distance = shift + row - col;
@@ -53,7 +54,9 @@ class ScoreModifier {
  private:
   // A score of -inf must not meet a scale of 0, nor a maximum a negative one.
   FA_DEVICE bool active() const {
-    return MODIFIED && (p_.softcap > 0 || p_.alibi_slopes != nullptr || !(p_.softmax_scale > 0));
+    if (!MODIFIED) return false;
+    const AttentionParams& p = reread(p_);
+    return p.softcap > 0 || p.alibi_slopes != nullptr || !(p.softmax_scale > 0);
   }
 
   const AttentionParams& p_;

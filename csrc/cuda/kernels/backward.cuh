@@ -62,9 +62,9 @@ struct Backward {
   };
 
   const Params& p;
-  const Work work;
-  const Sequence seq;
-  const Mask mask;
+  Work work;
+  Sequence seq;
+  Mask mask;
   const int group;                     // query heads per KV head
   const int query_begin, query_steps;  // first visible query block's start, number of visible query blocks
   char* const shared;
@@ -104,7 +104,7 @@ struct Backward {
         ds_tile(shared + KTile::kBytes + VTile::kBytes + 2 * kStages * QTile::kBytes + STile::kBytes) {}
 
   // Rows that do not allow 16-byte access take the modified instance.
-  FA_DEVICE bool aligned() const { return !kModified || p.aligned; }
+  FA_DEVICE bool aligned() const { return !kModified || reread(p).aligned; }
 
   FA_DEVICE int steps() const {
     const int key_end = min_int(work.key_begin + kN, seq.len_k);
@@ -130,6 +130,7 @@ struct Backward {
   }
 
   FA_DEVICE void load_queries(QTile& q, QTile& dout, const Step& step) {
+    const Params& p = reread(this->p);
     const int rows = seq.len_q - step.query;
     q.load(head_rows<const T>(p.q, work.batch, step.head, seq.first_q + step.query), p.q.row_stride, rows, p.head_dim,
            aligned());
@@ -153,6 +154,7 @@ struct Backward {
       A::commit();
       constexpr bool kAhead = kStages > 1 || A::kLoadsThroughRegisters;  // load the next Q and dO during a step
       for (int left = steps; left > 0; --left) {
+        renew(work.key_begin, work.batch, seq.first_q, mask.left, mask.right, mask.shift);
         A::template wait<0>();
         if (left == steps) {
           k_tile.land();
@@ -213,16 +215,17 @@ struct Backward {
   }
 
   FA_DEVICE void load_rows(const Step& step, Rows& negated_lse, Rows& delta) {
+    const Params& p = reread(this->p);
     const int rows = seq.len_q - step.query;
     negated_lse.read(head_rows<const Scalar>(p.lse, work.batch, step.head, seq.first_q + step.query), rows,
                      infinity<Scalar>());
     delta.read(head_rows<const Scalar>(p.delta, work.batch, step.head, seq.first_q + step.query), rows, Scalar(0));
-    Rows::for_each([&](int slot, int, bool) { negated_lse[slot] *= Scalar(-kLog2E); });
   }
 
   // scores: raw scores to P as dV needs it, put into p_tile; gradient: dP to dS.
   FA_DEVICE void differentiate_scores(const Step& step, Rows& negated_lse, Rows& delta, Scores& scores,
                                       Scores& gradient) {
+    const Params& p = reread(this->p);
     const ScoreModifier<Scalar, kModified> modifier(p, work.batch, step.head, mask.shift);
     const Dropout dropout(p, work.batch, step.head);
     const bool masked = !mask.all_visible(step.query, step.query + kM, work.key_begin, work.key_begin + kN);
@@ -234,6 +237,7 @@ struct Backward {
       });
     }
     const Scalar scale_log2 = modifier.scale_log2();
+    Rows::for_each([&](int slot, int, bool) { negated_lse[slot] *= Scalar(-kLog2E); });
     Scores::for_each([&](int slot, int, int, int reg) { gradient[reg] -= delta[slot]; });
     modifier.apply(scores, step.query, work.key_begin,
                    [&](int reg, Scalar derivative) { gradient[reg] *= derivative; });

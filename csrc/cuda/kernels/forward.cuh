@@ -50,9 +50,9 @@ struct Forward {
 
   // What one block knows and holds while it runs.
   const Params& p;
-  const Work work;
+  Work work;
   const Sequence seq;
-  const Mask mask;
+  Mask mask;
   const ScoreModifier<Scalar, kModified> modifier;
   const Dropout dropout;
   const T* k;
@@ -92,7 +92,7 @@ struct Forward {
 
   FA_DEVICE int kv_head() const { return work.head / (p.heads_q / p.heads_kv); }
   // Rows that do not allow 16-byte access take the modified instance.
-  FA_DEVICE bool aligned() const { return !kModified || p.aligned; }
+  FA_DEVICE bool aligned() const { return !kModified || reread(p).aligned; }
   FA_DEVICE int rows() const { return min_int(kM, seq.len_q - work.query_begin); }
 
   FA_DEVICE void load_queries() {
@@ -100,9 +100,11 @@ struct Forward {
     q_tile.load(q, p.q.row_stride, rows(), p.head_dim, aligned());
   }
   FA_DEVICE void load_keys(int key) {
+    const Params& p = reread(this->p);
     k_tile.load(k + key * p.k.row_stride, p.k.row_stride, seq.len_k - key, p.head_dim, aligned());
   }
   FA_DEVICE void load_values(int key) {
+    const Params& p = reread(this->p);
     v_tile.load(v + key * p.v.row_stride, p.v.row_stride, seq.len_k - key, p.head_dim, aligned());
   }
 
@@ -122,7 +124,7 @@ struct Forward {
   // Leaves the unnormalised output, and the softmax finished.
   FA_DEVICE void attend(Output& output, OnlineSoftmax<Scalar, Rows>& softmax) {
     const int begin = keys().begin, end = keys().end;
-    const bool several_chunks =
+    const HeldFlag several_chunks =
         p.split_size > 0 && p.num_splits == 1 && begin < end && begin / p.split_size != (end - 1) / p.split_size;
 
     if (begin < end) {
@@ -154,6 +156,7 @@ struct Forward {
 
   // One block of keys, whose load has been started; starts the next one's.
   FA_DEVICE void visit(int key, int begin, int end, Output& output, OnlineSoftmax<Scalar, Rows>& softmax) {
+    renew(work.query_begin, mask.left, mask.right);
     A::template wait<0>();
     if (key == begin) q_tile.land();
     k_tile.land();
@@ -222,14 +225,16 @@ struct Forward {
   FA_DEVICE void write_probabilities(Rows& lse) {
     T* dmask = static_cast<T*>(p.s_dmask) +
                ((int64_t(work.batch) * p.heads_q + work.head) * p.seqlen_q + work.query_begin) * p.seqlen_k;
+    bool first = true;
     for (int key = keys().begin; key < keys().end; key += kN) {
       A::sync();  // the last block's keys are no longer read
-      if (key == keys().begin) load_queries();  // an Arch may have held them in registers
+      if (first) load_queries();  // an Arch may have held them in registers
       load_keys(key);
       A::commit();
       A::template wait<0>();
-      if (key == keys().begin) q_tile.land();
+      if (first) q_tile.land();
       k_tile.land();
+      first = false;
       A::sync();
       Scores scores;
       score(scores, key);

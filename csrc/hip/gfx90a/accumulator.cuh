@@ -59,25 +59,17 @@ class Rows {
     const Buffer buffer(src, count > 0 ? uint32_t(count < M ? count : M) * 4 : 0);
     const int lane_row = Layout::wave_m() * Layout::kWaveRows + (Layout::kLaneOwnsRow ? S::lane_row() : 4 * S::group());
     const int across = unhoisted(lane_row);
-    FA_UNROLL
-    for (int tile = 0; tile < Layout::kTiles; ++tile) {
+    if (!Layout::kLaneOwnsRow && count >= M) {
       FA_UNROLL
-      for (int i = 0; i < Layout::kSlotsOfTile; i += 4) {
-        Scalar* values = values_ + tile * Layout::kSlotsOfTile + i;
-        const int along = tile * Layout::kTile + S::kStep * (i / 4);
-        if constexpr (Layout::kLaneOwnsRow) {
-          const Scalar x = buffer.read(4 * (across + along));
-          values[0] = along < count - across ? x : beyond;
-        } else if (count >= M) {
-          const Vector<float, 4> four = buffer.read_four(4 * (across + along));
-          values[0] = four.x, values[1] = four.y, values[2] = four.z, values[3] = four.w;
-        } else {  // a quad may lie across the end
-          FA_UNROLL
-          for (int k = 0; k < 4; ++k) {
-            const Scalar x = buffer.read(4 * (across + along + k));
-            values[k] = along + k < count - across ? x : beyond;
-          }
-        }
+      for (int slot = 0; slot < kSlots; slot += 4) {
+        const Vector<float, 4> four = buffer.read_four(4 * (across + along(slot)));
+        values_[slot] = four.x, values_[slot + 1] = four.y, values_[slot + 2] = four.z, values_[slot + 3] = four.w;
+      }
+    } else {  // four rows may lie across the end
+      FA_UNROLL
+      for (int slot = 0; slot < kSlots; ++slot) {
+        const Scalar x = buffer.read(4 * (across + along(slot)));
+        values_[slot] = along(slot) < count - across ? x : beyond;
       }
     }
   }
@@ -98,6 +90,12 @@ class Rows {
   }
 
  private:
+  // A slot's row, counted from the lane's first.
+  static FA_DEVICE constexpr int along(int slot) {
+    const int i = slot % Layout::kSlotsOfTile;
+    return slot / Layout::kSlotsOfTile * Layout::kTile + S::kStep * (i / 4) + i % 4;
+  }
+
   Scalar values_[kSlots];
 };
 

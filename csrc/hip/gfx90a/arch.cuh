@@ -135,6 +135,8 @@ struct Gfx90a::Block {
   static FA_DEVICE void multiply_nt(C& c, const gfx90a::SharedTile<T, WARPS, M, K, USES_A>& a,
                                     const gfx90a::OwnedTile<T, WARPS, N, K, USES_B>& b) {
     static_assert(C::kM == M && C::kN == N && C::kWarpsN == WARPS);
+    // What follows the second of two products is not begun, and waited for, before the first.
+    __builtin_amdgcn_sched_barrier(0);
     const int lane_part = unhoisted(a.template row_lane_part<C::kTile>());
     gfx90a::multiply_chunks<T, K>(
         c, [&](int m, int g) { return a.template row_chunk<C::kTile>(lane_part, C::first_row() + m * C::kTile, g); },
@@ -172,8 +174,13 @@ struct Gfx90a::Block {
 
   template <class C>
   static FA_DEVICE void accumulate(const C& c, float* dst) {
+    constexpr int kRegBytes = kThreads * int(sizeof(float));
+    const gfx90a::Buffer buffer(dst, C::kRegs * kRegBytes);
+    const int at = unhoisted(lane() * int(sizeof(float)));
     FA_UNROLL
-    for (int reg = 0; reg < C::kRegs; ++reg) gfx90a::add_to_memory(dst + reg * kThreads + lane(), c[reg]);
+    for (int reg = 0; reg < C::kRegs; ++reg) {
+      buffer.add(at + reg % 4 * kRegBytes, reg / 4 * 4 * kRegBytes, c[reg]);
+    }
   }
   template <class C>
   static FA_DEVICE void restore(C& c, const float* src) {
@@ -188,16 +195,19 @@ struct Gfx90a::Block {
     using Stored = StoredOf<T>;
     constexpr int kLanesOfRow = 8, kElements = gfx90a::kChunkElements<T>, kRowsAtOnce = kThreads / kLanesOfRow;
     static_assert(ROWS % kRowsAtOnce == 0);
-    const gfx90a::MemoryRows<Stored> a_rows(a, a_stride, rows, cols, aligned), b_rows(b, b_stride, rows, cols, aligned);
+    const gfx90a::MemoryRows<Stored> a_rows(a, a_stride, rows, cols), b_rows(b, b_stride, rows, cols);
     for (int first = 0; first < ROWS; first += kRowsAtOnce) {
       const int row = first + lane() / kLanesOfRow;
       float sum = 0;
       for (int col = lane() % kLanesOfRow * kElements; col < D; col += kLanesOfRow * kElements) {
-        const auto x = gfx90a::factors_of<T>(a_rows.read(0, row, col)), y = b_rows.read(0, row, col);
-        FA_UNROLL
-        for (int i = 0; i < kElements; ++i) {
-          sum = fma_rn(gfx90a::widen_bits<FactorOf<T>>(x[i]), gfx90a::widen_bits<Stored>(y[i]), sum);
-        }
+        gfx90a::with_constant(aligned, [&](auto is_aligned) {
+          const auto x = gfx90a::factors_of<T>(a_rows.template read<is_aligned>(0, row, col));
+          const auto y = b_rows.template read<is_aligned>(0, row, col);
+          FA_UNROLL
+          for (int i = 0; i < kElements; ++i) {
+            sum = fma_rn(gfx90a::widen_bits<FactorOf<T>>(x[i]), gfx90a::widen_bits<Stored>(y[i]), sum);
+          }
+        });
       }
       FA_UNROLL
       for (int mask = 1; mask < kLanesOfRow; mask *= 2) sum += gfx90a::exchange(sum, mask);

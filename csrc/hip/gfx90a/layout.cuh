@@ -32,6 +32,11 @@ struct StraightLayout {
     return row * (kChunks * 16) + (chunk ^ Swizzle<kChunks>::key(row)) * 16;
   }
 
+  // From an offset in row `row` to the same in row + r, which have no bits in common.
+  static FA_HOST_DEVICE constexpr int next_row(int offset, int r) {
+    return (offset ^ (Swizzle<kChunks>::key(r) * 16)) + r * (kChunks * 16);
+  }
+
   // The chunk that this lane needs of rows row0..row0 + TILE - 1 (row0 a multiple of 16) for step group g, in two
   // parts: what depends on the lane alone, and what is the same in all. A loop then needs few addresses.
   template <int TILE>
@@ -62,18 +67,33 @@ struct StraightLayout {
   }
 };
 
-// Columns of ROWS 16-bit elements. Of every 32 rows, those that are 16 apart lie side by side in fours, so that a lane
-// finds two of its quads in one chunk, whichever the shape of the matrix instruction: see step_of().
+// Columns of ROWS 16-bit elements, in lines of 128 bytes: 64 rows of one column, 32 of two or 16 of four. Of every 32
+// rows, those that are 16 apart lie side by side in fours, so that a lane finds two of its quads in one chunk,
+// whichever the shape of the matrix instruction: see step_of().
+//
+// Reads go through consecutive columns; a thread writes eight columns in turn while its neighbours write those eight
+// further on. So both col and col / 8 must take part in the swizzle, in bits that do not meet.
 template <int ROWS>
 struct TransposedLayout {
-  static constexpr int kChunks = ROWS * 2 / 16;
+  static constexpr int kColumnBytes = ROWS * 2;
   static constexpr bool kPaired = ROWS % 32 == 0;
-  static constexpr int kPeriod = kChunks % 8 == 0 ? 8 : kChunks % 4 == 0 ? 4 : 2;
+  static constexpr int kColsOfLine = ROWS % 64 == 0 ? 1 : 64 / ROWS;
+  static constexpr int kUnitBytes = kPaired ? 16 : 8;  // what the swizzle moves
+  static_assert(ROWS % 64 == 0 || ROWS == 32 || ROWS == 16);
 
-  // The eight columns that one thread writes differ in col / 8 from lane to lane, so both parts count.
+  // The units' permutation within column col's line. The key of a sum of columns with no bits in common is the
+  // exclusive or of their keys.
   static FA_HOST_DEVICE constexpr int key(int col) {
-    if (kChunks % 8 == 0) return (col ^ (col / 8)) % 8;
-    return kChunks % 4 == 0 ? (col / 2 ^ col / 8) % 4 : (col / 4 ^ col / 8) % 2;
+    if (kColsOfLine == 1) return (col ^ (col / 8)) % 8;
+    if (kColsOfLine == 2) return (col / 2 % 4) ^ (col / 8 % 2 * 2) ^ (col / 16 % 2) ^ (col / 32 % 2 * 4);
+    return (col / 4 % 4) ^ (col / 8 % 4 * 4);
+  }
+  // Where column col begins, as far as the exclusive or with its first unit is concerned, and what is added.
+  static FA_HOST_DEVICE constexpr int permutation(int col) {
+    return (col % kColsOfLine * (kColumnBytes / kUnitBytes)) ^ key(col);
+  }
+  static FA_HOST_DEVICE constexpr int line(int col) {
+    return col / kColsOfLine * (kColsOfLine * kColumnBytes);
   }
 
   // Position of a row within its column.
@@ -82,8 +102,13 @@ struct TransposedLayout {
   }
 
   static FA_HOST_DEVICE int quad_offset(int col, int row) {
-    const int at = position(row);
-    return col * (ROWS * 2) + ((at / 8) ^ key(col)) * 16 + at % 8 * 2;
+    const int at = position(row) * 2;
+    return line(col) + ((at / kUnitBytes) ^ permutation(col)) * kUnitBytes + at % kUnitBytes;
+  }
+
+  // From an offset in column col to the same in column col + c, which have no bits in common.
+  static FA_HOST_DEVICE constexpr int next_column(int offset, int c) {
+    return (offset ^ (permutation(c) * kUnitBytes)) + line(c);
   }
 
   // Which step of k quad q (0 or 1) of a lane's chunk `pair` belongs to.
@@ -92,47 +117,64 @@ struct TransposedLayout {
     return TILE == 32 ? pair / 2 * 4 + pair % 2 + 2 * q : 2 * pair + q;
   }
 
-  // From the offset of a column that is a multiple of 8 to that of the c-th from it.
-  static FA_HOST_DEVICE int next_column(int offset, int c) { return (offset ^ (key(c) * 16)) + c * (ROWS * 2); }
-
-  // As in StraightLayout, for columns col0..col0 + TILE - 1; col0 is a multiple of 16.
+  // As in StraightLayout, for columns col0..col0 + TILE - 1; col0 is a multiple of TILE.
   template <int TILE>
   static FA_DEVICE int lane_part() {
-    const int col = Shape<TILE>::lane_row();
-    return col * (ROWS * 2) + (Shape<TILE>::group() ^ key(col)) * 16;
+    return quad_offset(Shape<TILE>::lane_row(), 4 * Shape<TILE>::group());
   }
   template <int TILE>
   static FA_DEVICE int chunk_offset(int lane_part, int col0, int pair) {
     const int first = Shape<TILE>::kGroups * pair;
-    return (lane_part ^ ((first % kPeriod ^ key(col0)) * 16)) + col0 * (ROWS * 2) + first / kPeriod * (kPeriod * 16);
+    return (lane_part ^ ((first % 8 ^ permutation(col0)) * kUnitBytes)) + line(col0) + first / 8 * 128;
   }
 };
 
 // What one thread moves at a time: one chunk, or, where a transposed copy is written, the same chunk of two or four
-// neighbouring rows, so that its columns can be written in words. A pass of all threads covers `kPassRows` whole rows
-// where it can, so that only the first row of a pass differs between passes.
+// neighbouring rows, so that its columns can be written in words (and the same for a tile without such a copy, where
+// that costs nothing: K's addresses are then V's). A pass of all threads covers whole rows where it can, so that only
+// the first row differs between passes.
 template <int ROWS, int COLS, int ELEMENTS, int THREADS, bool TRANSPOSED>
 struct LoadUnit {
   static constexpr int kChunks = COLS / ELEMENTS;
-  static constexpr int kRows = !TRANSPOSED ? 1 : (ROWS / 4 * kChunks >= THREADS ? 4 : 2);
+  static constexpr bool kGrouped = TRANSPOSED || (ELEMENTS == 8 && kChunks % 8 == 0 && ROWS % 32 == 0);
+  static constexpr int kRows = !kGrouped ? 1 : (ROWS / 4 * kChunks >= THREADS ? 4 : 2);
   static constexpr int kCount = ROWS / kRows * kChunks;
   static constexpr int kIterations = (kCount + THREADS - 1) / THREADS;
-  static constexpr bool kWholeRows = THREADS % kChunks == 0;
-  static_assert(ROWS % kRows == 0);
+  static constexpr bool kWholeRows = !kGrouped && THREADS % kChunks == 0;
+  static constexpr bool kUniform = kWholeRows || kIterations == 1;  // the passes differ in uniform_row alone
+  static constexpr int kNear = kChunks % 8 == 0 && ROWS % 32 == 0 ? 8 : 4;  // chunks of a row that neighbours read
+  static_assert(ROWS % kRows == 0 && kChunks % kNear == 0);
 
   int unit, uniform_row, row, col;
 
   FA_DEVICE explicit LoadUnit(int pass) {
     const int thread = int(threadIdx.x);
     unit = thread + pass * THREADS;
+    uniform_row = 0;
     if (kWholeRows) {
-      uniform_row = pass * (THREADS / kChunks) * kRows;
-      row = thread / kChunks * kRows;
+      uniform_row = pass * (THREADS / kChunks);
+      row = thread / kChunks;
       col = thread % kChunks * ELEMENTS;
-    } else {
-      uniform_row = 0;
-      row = unit / kChunks * kRows;
+    } else if (!kGrouped) {
+      row = unit / kChunks;
       col = unit % kChunks * ELEMENTS;
+    } else {
+      // The rows of lanes that write at once are those that fill a line of the transposed copy.
+      int rest = unit / kNear;
+      const auto next = [&rest](int count) {
+        const int digit = rest % count;
+        rest /= count;
+        return digit;
+      };
+      if (ROWS % 32 == 0) {
+        row = next(2) * 16;
+        row += next(4 / kRows) * kRows;
+        row += next(ROWS / 32) * 32;
+        row += next(4) * 4;
+      } else {
+        row = next(ROWS / kRows) * kRows;
+      }
+      col = (rest * kNear + unit % kNear) * ELEMENTS;
     }
   }
   FA_DEVICE bool exists() const { return kCount % THREADS == 0 || unit < kCount; }

@@ -111,9 +111,9 @@ FA_DEVICE uint32_t pack_high(uint32_t a, uint32_t b) { return __builtin_amdgcn_p
 
 // To nearest, ties to even. Unlike compat.cuh's narrow() it has no branch for NaN: the NaNs of 16-bit inputs and of the
 // hardware (0x7fc00000) have the low half of their payload clear, so the rounding cannot carry out of it.
-FA_DEVICE uint32_t round_to_bfloat16(float x) {
+FA_DEVICE uint32_t round_to_bfloat16(float x, uint32_t below_half = 0x7fff) {
   const uint32_t bits = float_to_bits(x);
-  return bits + 0x7fff + ((bits >> 16) & 1);
+  return bits + below_half + ((bits >> 16) & 1);
 }
 
 template <class T>
@@ -138,13 +138,17 @@ FA_DEVICE Quad<T> narrow_quad(float x0, float x1, float x2, float x3) {
 // the largest of unsigned numbers, without one the largest of signed ones.
 FA_DEVICE Chunk<BFloat16> to_bfloat16(const Chunk<Half>& x) {
   using Signed = Vector<int16_t, 8>;
-  const Chunk<Half> most = uint16_t(0xfc08);
-  const Signed capped = __builtin_bit_cast(Signed, x < most ? x : most), most_signed = int16_t(0x7c08);
+  uint32_t limit = 0xfc08fc08, signed_limit = 0x7c087c08, below_half = 0x7fff;
+  renew(limit, signed_limit, below_half);
+  const auto most = __builtin_bit_cast(Chunk<Half>, Vector<uint32_t, 4>(limit));
+  const auto most_signed = __builtin_bit_cast(Signed, Vector<uint32_t, 4>(signed_limit));
+  const auto capped = __builtin_bit_cast(Signed, x < most ? x : most);
   const auto halves = __builtin_bit_cast(Vector<_Float16, 8>, capped < most_signed ? capped : most_signed);
   Vector<uint32_t, 4> words;
   FA_UNROLL
   for (int i = 0; i < 4; ++i) {
-    words[i] = pack_high(round_to_bfloat16(float(halves[2 * i])), round_to_bfloat16(float(halves[2 * i + 1])));
+    words[i] = pack_high(round_to_bfloat16(float(halves[2 * i]), below_half),
+                         round_to_bfloat16(float(halves[2 * i + 1]), below_half));
   }
   return __builtin_bit_cast(Chunk<BFloat16>, words);
 }
@@ -169,6 +173,15 @@ FA_DEVICE float exchange(float x, int mask) {
 // fmaxf would first make signalling NaNs quiet.
 FA_DEVICE float max_number(float x, float y) { return __builtin_amdgcn_fmed3f(x, y, infinity<float>()); }
 
+// f(std::true_type) or f(std::false_type): one branch round a loop rather than one in each of its turns.
+template <class F>
+FA_DEVICE void with_constant(bool condition, F&& f) {
+  if (condition) {
+    f(std::true_type());
+  } else {
+    f(std::false_type());
+  }
+}
 
 // Device memory from `base` (the same in every lane), read through a descriptor: what lies at `bytes` and beyond reads
 // as zero, and no branch is needed for it. Offsets are in bytes.
@@ -186,6 +199,10 @@ class Buffer {
   FA_DEVICE Vector<float, 4> read_four(uint32_t offset) const { return load_four(descriptor_, int(offset), 0, 0); }
   FA_DEVICE float read(uint32_t offset) const { return load_one(descriptor_, int(offset), 0, 0); }
   FA_DEVICE uint16_t read_half(uint32_t offset) const { return uint16_t(load_half(descriptor_, int(offset), 0, 0)); }
+  // Adds x at offset + uniform_offset, at the memory's own adders and in no particular order.
+  FA_DEVICE void add(uint32_t offset, uint32_t uniform_offset, float x) const {
+    add_one(x, descriptor_, int(offset), int(uniform_offset), 0);
+  }
 
  private:
   static __device__ Vector<float, 4> load_four(Vector<int, 4> descriptor, int offset, int uniform_offset,
@@ -194,6 +211,8 @@ class Buffer {
                                    int policy) __asm("llvm.amdgcn.raw.buffer.load.f32");
   static __device__ int16_t load_half(Vector<int, 4> descriptor, int offset, int uniform_offset,
                                       int policy) __asm("llvm.amdgcn.raw.buffer.load.i16");
+  static __device__ float add_one(float x, Vector<int, 4> descriptor, int offset, int uniform_offset,
+                                  int policy) __asm("llvm.amdgcn.raw.buffer.atomic.fadd.f32");
 
   Vector<int, 4> descriptor_;
 };
@@ -203,23 +222,28 @@ class Buffer {
 template <class T>
 class MemoryRows {
  public:
-  FA_DEVICE MemoryRows(const T* src, int64_t row_stride, int rows, int cols, bool aligned)
+  FA_DEVICE MemoryRows(const T* src, int64_t row_stride, int rows, int cols)
       : base_(reinterpret_cast<const char*>(src)),
         rows_(rows),
         cols_(cols),
-        aligned_(aligned),
         row_bytes_(rows > 1 ? uint32_t(row_stride) * uint32_t(sizeof(T)) & kMaxRowBytes : kMaxRowBytes),
         bytes_(rows > 0 ? (rows - 1) * row_bytes_ + cols * uint32_t(sizeof(T)) : 0) {}
 
-  // Row first_row + row; first_row is the same in every lane.
+  // Row first_row + row; first_row is the same in every lane. ALIGNED: rows and columns allow 16-byte access.
+  template <bool ALIGNED>
   FA_DEVICE Chunk<T> read(int first_row, int row, int col) const {
-    const uint32_t skipped = first_row * row_bytes_;
-    const Buffer buffer(base_ + skipped, bytes_ > skipped ? bytes_ - skipped : 0);
-    if (aligned_) return __builtin_bit_cast(Chunk<T>, buffer.read_four(col < cols_ ? offset(row, col) : kBehindTheEnd));
-    Chunk<T> x;
-    FA_UNROLL
-    for (int i = 0; i < kChunkElements<T>; ++i) x[i] = read_one(buffer, offset(row, col) + i * sizeof(T));
-    return first_of(x, first_row + row < rows_ ? cols_ - col : 0);
+    if constexpr (ALIGNED) {
+      const uint32_t skipped = first_row * row_bytes_;
+      const Buffer buffer(base_ + skipped, bytes_ > skipped ? bytes_ - skipped : 0);
+      return __builtin_bit_cast(Chunk<T>, buffer.read_four(col < cols_ ? offset(row, col) : kBehindTheEnd));
+    } else {
+      const Buffer buffer(base_, bytes_);
+      row += first_row;
+      Chunk<T> x;
+      FA_UNROLL
+      for (int i = 0; i < kChunkElements<T>; ++i) x[i] = read_one(buffer, offset(row, col) + i * sizeof(T));
+      return first_of(x, row < rows_ ? cols_ - col : 0);
+    }
   }
 
   // The same of a column: rows row, row + 1, ...
@@ -257,7 +281,6 @@ class MemoryRows {
 
   const char* base_;
   int rows_, cols_;
-  bool aligned_;
   uint32_t row_bytes_, bytes_;
 };
 
@@ -277,11 +300,6 @@ FA_DEVICE void write_elements(T* dst, const Vector<Bits<T>, N>& x, int count, bo
 template <class T>
 FA_DEVICE float widen_bits(Bits<T> x) {
   return widen(__builtin_bit_cast(T, x));
-}
-
-// *p += x, at the memory's own adders and in no particular order.
-FA_DEVICE void add_to_memory(float* p, float x) {
-  __builtin_amdgcn_global_atomic_fadd_f32((__attribute__((address_space(1))) float*)p, x);
 }
 
 }  // namespace flash_attn::gfx90a

@@ -34,14 +34,17 @@ class OwnedTile {
   FA_DEVICE explicit OwnedTile(char*) {}
 
   FA_DEVICE void load(const Stored* src, int64_t row_stride, int rows, int cols, bool aligned) {
-    const MemoryRows<Stored> from(src, row_stride, rows < ROWS ? rows : ROWS, cols, aligned);
-    FA_UNROLL
-    for (int t = 0; t < kTiles; ++t) {
+    const MemoryRows<Stored> from(src, row_stride, rows < ROWS ? rows : ROWS, cols);
+    with_constant(aligned, [&](auto is_aligned) {
       FA_UNROLL
-      for (int g = 0; g < kRowChunks; ++g) {
-        rows_[t][g] = from.read(first_row(t), S::lane_row(), (S::kGroups * g + S::group()) * kElements);
+      for (int t = 0; t < kTiles; ++t) {
+        FA_UNROLL
+        for (int g = 0; g < kRowChunks; ++g) {
+          const int col = (S::kGroups * g + S::group()) * kElements;
+          rows_[t][g] = from.template read<is_aligned>(first_row(t), S::lane_row(), col);
+        }
       }
-    }
+    });
     if constexpr (kColumns) load_columns(from);
   }
   FA_DEVICE void land() {

@@ -27,18 +27,24 @@ class SharedTile {
       : straight_((SharedPointer)shared), transposed_(straight_ + (kStraight ? kCopyBytes : 0)) {}
 
   FA_DEVICE void load(const Stored* src, int64_t row_stride, int rows, int cols, bool aligned) {
-    const MemoryRows<Stored> from(src, row_stride, rows < ROWS ? rows : ROWS, cols, aligned);
-    for_each_vector([&](const Unit& where, int uniform_row, int row, int v) {
-      staged_[v] = from.read(uniform_row, row, where.col);
+    const MemoryRows<Stored> from(src, row_stride, rows < ROWS ? rows : ROWS, cols);
+    with_constant(aligned, [&](auto is_aligned) {
+      for_each_vector([&](const Unit& where, int uniform_row, int row, int v) {
+        staged_[v] = from.template read<is_aligned>(uniform_row, row, where.col);
+      });
     });
   }
 
   FA_DEVICE void land() {
     FA_UNROLL
     for (Chunk<T>& chunk : staged_) chunk = factors_of<T>(chunk);
+    // A loop would keep a register for the address of every row, and of every column.
     if constexpr (kStraight) {
+      const int offset = unhoisted(Straight::offset(Unit(0).row, Unit(0).col / kElements));
       for_each_vector([&](const Unit& where, int uniform_row, int row, int v) {
-        at<Chunk<T>>(straight_ + Straight::offset(uniform_row + row, where.col / kElements)) = staged_[v];
+        const int at_row = Unit::kUniform ? Straight::next_row(offset, uniform_row)
+                                          : Straight::offset(uniform_row + row, where.col / kElements);
+        at<Chunk<T>>(straight_ + at_row) = staged_[v];
       });
     }
     if constexpr (kTransposed) {
@@ -46,7 +52,6 @@ class SharedTile {
       for (int i = 0; i < kIterations; ++i) {
         const Unit where(i);
         if (!where.exists()) break;
-        // A loop would keep a register for each of the eight columns' addresses.
         const int offset = unhoisted(Transposed::quad_offset(where.col, where.uniform_row + where.row));
         FA_UNROLL
         for (int c = 0; c < 8; ++c)
@@ -78,10 +83,8 @@ class SharedTile {
   static FA_DEVICE int column_lane_part() {
     if constexpr (sizeof(T) == 4) {
       return Straight::template element_lane_part<TILE>(Shape<TILE>::lane_row());
-    } else if constexpr (kColumnQuads == 2) {
-      return Transposed::template lane_part<TILE>();
     } else {
-      return Transposed::quad_offset(Shape<TILE>::lane_row(), 4 * Shape<TILE>::group());
+      return Transposed::template lane_part<TILE>();
     }
   }
   template <int TILE>
@@ -98,7 +101,7 @@ class SharedTile {
       quads[1] = chunk.hi;
     } else {
       static_assert(ROWS == Shape<TILE>::kStep);
-      quads[0] = at<Quad<T>>(transposed_ + Transposed::next_column(lane_part, col0));
+      quads[0] = at<Quad<T>>(transposed_ + Transposed::template chunk_offset<TILE>(lane_part, col0, 0));
     }
   }
 

@@ -11,7 +11,7 @@ KINDS = [
     for performance in ((False, True) if dtype.itemsize == 2 else (False,))
 ]
 EVERY_KIND = pytest.mark.parametrize(("dtype", "performance"), KINDS)
-SPLIT = 64  # keys: the block of 16-bit types at head_dim 64, two blocks of fp32
+SPLIT = 64  # keys: one to four key blocks
 
 
 @pytest.fixture
@@ -40,8 +40,8 @@ def same(first, second):
     return all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
 
-def draw(dtype, batch, seqlen_q, seqlen_k):
-    q, k, v = random_qkv("cpu", dtype, batch, seqlen_q, seqlen_k, heads_q=4, heads_kv=2, dim=64)
+def draw(dtype, batch, seqlen_q, seqlen_k, dim=64):
+    q, k, v = random_qkv("cpu", dtype, batch, seqlen_q, seqlen_k, heads_q=4, heads_kv=2, dim=dim)
     return q, k, v, torch.randn(q.shape).to(dtype)
 
 
@@ -88,11 +88,15 @@ def test_packing_does_not_matter(differentiate, dtype, performance):
 
 
 @EVERY_KIND
-def test_schedules_do_not_matter(attend, dtype, performance):
+@pytest.mark.parametrize("dim", [64, 128, 192])
+def test_schedules_do_not_matter(attend, dtype, performance, dim):
     """A whole prefill by one block a row, by a block for each chunk of keys, in chunks of queries, and row by row."""
-    q, k, v, _ = draw(dtype, 1, 200, 200)
+    q, k, v, _ = draw(dtype, 1, 200, 200, dim)
     whole = attend(q, k, v, performance_mode=performance)
-    assert same(whole, attend(q, k, v, performance_mode=performance, num_splits=4))
+    sink = torch.randn(4)
+    for arguments in ({}, {"s_aux": sink}):
+        folded, combined = (attend(q, k, v, performance_mode=performance, num_splits=n, **arguments) for n in (1, 4))
+        assert same(folded, combined)
     assert not torch.equal(whole[0], attend(q, k, v, performance_mode=performance, split_size=2 * SPLIT)[0])
     for size in (64, 77):
         ends = [*range(size, 200, size), 200]
@@ -118,3 +122,13 @@ def test_a_cache_s_unused_keys_do_not_matter(attend, dtype, performance):
     used = torch.tensor([172], dtype=torch.int32)
     decoded = attend(q[:, 171:172], k, v, seqused_k=used, performance_mode=performance)
     assert same(decoded, (out[:, 171:172], lse[:, :, 171:172]))
+
+
+@EVERY_KIND
+def test_alignment_does_not_matter(differentiate, dtype, performance):
+    """Loads of 16 bytes, and element by element."""
+    inputs = draw(dtype, 1, 70, 90)
+    shifted = [torch.empty(x.numel() + 1, dtype=dtype)[1:].view(x.shape).copy_(x) for x in inputs]
+    assert Problem(*inputs[:3]).is_aligned and not Problem(*shifted[:3]).is_aligned
+    arguments = {"causal": True, "performance_mode": performance}
+    assert same(differentiate(*inputs, **arguments), differentiate(*shifted, **arguments))
