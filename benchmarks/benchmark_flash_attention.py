@@ -19,8 +19,8 @@ from torch import Tensor
 
 from flash_attn import flash_attn_func
 from flash_attn.cli import devices
-from flash_attn.cli.bench import DTYPES, prepare_backward, prepare_both, prepare_forward
 from flash_attn.cli.measure import Call, Contender, Measurement, measure
+from flash_attn.cli.peers import DTYPES, prepare_backward, prepare_both, prepare_forward
 from flash_attn.cli.terminal import Table
 
 SEQLENS = {"cuda": [512, 1024, 2048, 4096], "cpu": [128, 256, 512, 1024]}

@@ -13,7 +13,8 @@ from helpers import DEVICES
 
 from flash_attn import _library, deterministic_mode, modes
 from flash_attn.__main__ import main
-from flash_attn.cli import correctness, devices, info, invariance, measure, model, plot, terminal, text
+from flash_attn.cli import bench_features, correctness, devices, info, invariance, measure, model, plot, terminal, text
+from flash_attn.reference import visible_keys
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -236,6 +237,48 @@ def test_bench_loads_and_draws(tmp_path, capsys):
     assert main(["bench", "--load", str(file), "--plot", str(picture)]) == 0
     assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("forward")] == table
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_of_features_and_decoding(tmp_path, capsys, device):
+    file = tmp_path / "bench.json"
+    chosen = [
+        "--tables",
+        "features",
+        "decoding",
+        "--passes",
+        "forward",
+        "backward",
+        "--dtype",
+        "fp32",
+        "--peers",
+        "math",
+    ]
+    sizes = ["--seqlen", "256", "--tokens", "256", "--head-dim", "32", "--hidden", "64", "--rounds", "2"]
+    assert main(["bench", "--device", device, *chosen, *sizes, "--json", str(file)]) == 0
+    printed = capsys.readouterr().out
+    results = json.loads(file.read_text())
+    rows = {(row["which"], row["feature"]): row for row in results["features"]}
+    assert rows["forward", "plain"]["of_plain"] == rows["backward", "plain"]["of_plain"] == 1.0
+    assert any(name.startswith("split_size") for which, name in rows if which == "forward")
+    assert not any(name.startswith("split_size") for which, name in rows if which == "backward")
+    plain, causal = rows["forward", "plain"], rows["forward", "causal"]  # causal: 3 blocks of 4
+    assert causal["of_plain"] == pytest.approx(0.75 * plain["seconds"] / causal["seconds"])
+    caches = {row["batch"] for row in results["decoding"]}
+    names = {row["contender"] for row in results["decoding"]}
+    assert len(caches) > 1 and names == {"flash_attn", "deterministic", "split_size 2048", "math"}
+    assert all(row["bytes_per_second"] > 0 for row in results["decoding"])
+    assert main(["bench", "--load", str(file)]) == 0
+    loaded = capsys.readouterr().out
+    assert loaded[loaded.index("Features") :].strip() in printed
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window_size", [(-1, -1), (0, 0), (130, 0), (5, 300), (-1, 127)])
+@pytest.mark.parametrize("length", [1, 128, 700])
+def test_visited_blocks(length, window_size, causal):
+    mask = visible_keys(length, length, window_size[0], 0 if causal else window_size[1])
+    tiles = (tile for rows in mask.split(bench_features.BLOCK) for tile in rows.split(bench_features.BLOCK, 1))
+    assert bench_features.visited_blocks(length, causal, window_size) == sum(bool(tile.any()) for tile in tiles)
 
 
 def test_plot_without_matplotlib_fails_before_measuring(monkeypatch):

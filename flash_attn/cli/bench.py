@@ -15,7 +15,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,26 +22,18 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
 from flash_attn import flash_attn_func
-from flash_attn.cli import devices, plot
-from flash_attn.cli.measure import ROUNDS, Call, Contender, Measurement, measure
+from flash_attn.cli import bench_features, devices, plot
+from flash_attn.cli.measure import ROUNDS, Call, Clock, Contender, Measurement, measure
+from flash_attn.cli.peers import DTYPES, OURS, PEERS, chosen, prepare_backward, prepare_forward, sdpa_context
 from flash_attn.cli.terminal import Table, title
 
-OURS = "flash_attn"
-PEERS: dict[str, dict[str, SDPBackend | None]] = {
-    "cuda": {
-        "flash": SDPBackend.FLASH_ATTENTION,
-        "cudnn": SDPBackend.CUDNN_ATTENTION,
-        "efficient": SDPBackend.EFFICIENT_ATTENTION,
-        "math": SDPBackend.MATH,
-    },
-    "cpu": {"default": None, "flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH},
-}
 PASSES = ("forward", "backward", "deterministic")  # the last: a deterministic backward
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+TABLES = ("grid", "features", "decoding")
 SCHEMA = 1  # of the JSON file
+NO_TABLES: dict[str, Any] = {"features": (), "decoding": ()}  # what a file may lack
 
 
 class Grid(NamedTuple):
@@ -81,6 +72,8 @@ class Shape(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The grid, and where the results go."""
     devices.add_device_argument(parser)
+    tables = "grid: passes, dims, masks, lengths; features: what they keep of plain attention's speed; decoding: GB/s"
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=TABLES[:1], help=f"{tables} (default: grid)")
     parser.add_argument("--passes", nargs="+", choices=PASSES, default=PASSES, help="deterministic: that backward")
     parser.add_argument("--head-dim", nargs="+", type=int, default=[64, 128])
     parser.add_argument("--causal", nargs="+", choices=("no", "yes"), default=["no", "yes"])
@@ -103,16 +96,14 @@ def run(options: argparse.Namespace) -> int:
     if options.plot is not None:
         plot.require()
     if options.load is not None:
-        results = json.loads(options.load.read_text())
+        results = {**NO_TABLES, **json.loads(options.load.read_text())}
         show(results)
     else:
-        device = devices.choose(options.device)
-        results = measure_grid(options, device)
-        show_memory(results)
+        results = measure_tables(options, devices.choose(options.device))
     if options.json is not None:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
         print(f"\nwritten: {options.json}")
-    if options.plot is not None:
+    if options.plot is not None and results["rows"]:
         plot.draw(results, options.plot)
         print(f"\nwritten: {options.plot}")
     return 0
@@ -144,7 +135,13 @@ def contenders(shape: Shape, device: torch.device, peers: Sequence[str]) -> list
         if backend == SDPBackend.MATH:
             views = [x.contiguous() for x in views]
         function = partial(F.scaled_dot_product_attention, is_causal=shape.causal)
-        found.append(Contender(name, partial(prepare, function, shape, views), partial(sdpa_context, backend, shape)))
+        found.append(
+            Contender(
+                name,
+                partial(prepare, function, shape, views),
+                partial(sdpa_context, backend, shape.which == "deterministic"),
+            )
+        )
     return found
 
 
@@ -158,41 +155,8 @@ def prepare(function: Callable[..., Tensor], shape: Shape, inputs: Sequence[Tens
     return (prepare_forward if shape.which == "forward" else prepare_backward)(function, inputs)
 
 
-def prepare_forward(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Call:
-    """A forward that records nothing for a backward; inputs are q, k, v, dout."""
-    return partial(function, *inputs[:3])
-
-
-def prepare_backward(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Call:
-    """The backward of an output computed here."""
-    leaves = [x.detach().requires_grad_() for x in inputs[:3]]
-    return partial(torch.autograd.grad, function(*leaves), leaves, inputs[3], retain_graph=True)
-
-
-def prepare_both(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Call:
-    """A forward and its backward."""
-    leaves = [x.detach().requires_grad_() for x in inputs[:3]]
-    return lambda: torch.autograd.grad(function(*leaves), leaves, inputs[3])
-
-
-@contextmanager
-def sdpa_context(backend: SDPBackend | None, shape: Shape) -> Iterator[None]:
-    """Inside it torch's function is the one peer; with torch's deterministic switch on where the row wants that."""
-    settings: Any = torch.utils.deterministic
-    chosen: AbstractContextManager = nullcontext() if backend is None else sdpa_kernel(backend)
-    switch, fill = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
-    with chosen:
-        try:
-            torch.use_deterministic_algorithms(switch or shape.which == "deterministic")
-            settings.fill_uninitialized_memory = False  # it would charge peers for filling buffers
-            yield
-        finally:
-            torch.use_deterministic_algorithms(switch)
-            settings.fill_uninitialized_memory = fill
-
-
-def measure_grid(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Measures row by row and prints each as it is done; returns what --json writes."""
+def measure_tables(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Measures and prints; returns what --json writes."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or torch refuses matmuls in deterministic rows
     clock = time.perf_counter
     if options.cpu_time:
@@ -200,12 +164,34 @@ def measure_grid(options: argparse.Namespace, device: torch.device) -> dict[str,
             raise SystemExit(f"--cpu-time: needs --device cpu, got {device}")
         torch.set_num_threads(1)
         clock = time.process_time
-    known = list(PEERS[device.type])
-    peers = known if options.peers is None else options.peers
-    for name in peers:
-        if name not in known:
-            raise SystemExit(f"--peers: on {device.type} they are {', '.join(known)}, got {name}")
+    peers = chosen(options.peers, device)
     print(f"{device}: {devices.describe(device)}; torch {torch.__version__}")
+    results: dict[str, Any] = {
+        "schema": SCHEMA,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": devices.describe(device),
+        "machine": devices.machine(),
+        "rounds": options.rounds or ROUNDS[device.type],
+        "clock": "CPU time of one thread" if options.cpu_time else "elapsed time",
+        "peers": peers,
+        "rows": [],
+        "refused": [],
+        **NO_TABLES,
+    }
+    if "grid" in options.tables:
+        results["rows"], results["refused"] = measure_grid(options, peers, device, clock)
+        show_memory(results)
+    if "features" in options.tables:
+        results["features"] = bench_features.measure_features(options, device, clock)
+    if "decoding" in options.tables:
+        results["decoding"] = bench_features.measure_decoding(options, peers, device, clock)
+    return results
+
+
+def measure_grid(
+    options: argparse.Namespace, peers: Sequence[str], device: torch.device, clock: Clock
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Measures row by row and prints each as it is done; returns the rows, and who could not do what, and why."""
     rows: list[dict[str, Any]] = []
     refused: list[dict[str, Any]] = []
     table = speed_table(peers)
@@ -218,17 +204,7 @@ def measure_grid(options: argparse.Namespace, device: torch.device) -> dict[str,
         show_speed(table, peers, rows[-len(found) :])
     for name, reason in dict.fromkeys((row["contender"], row["reason"]) for row in refused):
         print(f"{name} (-): {reason}")
-    return {
-        "schema": SCHEMA,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "device": devices.describe(device),
-        "machine": devices.machine(),
-        "rounds": options.rounds or ROUNDS[device.type],
-        "clock": "CPU time of one thread" if options.cpu_time else "elapsed time",
-        "peers": peers,
-        "rows": rows,
-        "refused": refused,
-    }
+    return rows, refused
 
 
 def record(shape: Shape, name: str, measurement: Measurement) -> dict[str, Any]:
@@ -278,12 +254,20 @@ def grouped(results: dict[str, Any]) -> Iterator[list[dict[str, Any]]]:
 
 
 def show(results: dict[str, Any]) -> None:
-    """Both tables, of results that were loaded."""
+    """The tables of results that were loaded."""
+    peers = results["peers"]
     print(f"{results['device']}; torch {results['machine']['torch']}; measured {results['date']}")
-    table = speed_table(results["peers"])
-    for rows in grouped(results):
-        show_speed(table, results["peers"], rows)
-    show_memory(results)
+    if results["rows"]:
+        table = speed_table(peers)
+        for rows in grouped(results):
+            show_speed(table, peers, rows)
+        show_memory(results)
+    if results["features"]:
+        bench_features.show_features(bench_features.feature_table(), results["features"])
+    if results["decoding"]:
+        table = bench_features.decoding_table(peers)
+        for caches in bench_features.grouped(results["decoding"]):
+            bench_features.show_decoding(table, peers, caches)
 
 
 def show_memory(results: dict[str, Any]) -> None:
