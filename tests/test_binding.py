@@ -316,16 +316,20 @@ def test_symbolic_sizes(device):
         assert torch.equal(compiled(q, k, v), attend(q, k, v, window_left=seqlen_q - 3)[0])
 
 
-def test_device_of_the_tensors_is_used(cuda_only):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_device_of_the_tensors_is_used(cuda_only, dtype):
     if torch.cuda.device_count() < 2:
         pytest.skip("one GPU only")
-    q, k, v = inputs("cuda:1")
+
+    def results(q, k, v):
+        out, lse, _ = attend(q, k, v)
+        gradients = tuple(torch.empty_like(tensor) for tensor in (q, k, v))
+        differentiate(out, q, k, v, out, lse, gradients, deterministic=True)
+        return out, lse, *gradients
+
+    mine = inputs("cuda:1", 150, 300, head_dim=64, dtype=dtype)
     assert torch.cuda.current_device() == 0
-    out, lse, _ = attend(q, k, v)
-    expected = attend(*(tensor.to("cuda:0") for tensor in (q, k, v)))
-    assert (
-        out.device == q.device
-        and torch.equal(out.cpu(), expected[0].cpu())
-        and torch.equal(lse.cpu(), expected[1].cpu())
-    )
+    found, expected = results(*mine), results(*(tensor.to("cuda:0") for tensor in mine))
+    assert all(tensor.device == mine[0].device for tensor in found)
+    assert all(torch.equal(one.cpu(), other.cpu()) for one, other in zip(found, expected, strict=True))
     assert torch.cuda.current_device() == 0

@@ -182,6 +182,13 @@ bool partials_are_small(const ForwardParams& p, int chunks) {
   return partials * int64_t(sizeof(float)) * 10 <= tensors * int64_t(element_bytes(p.dtype));
 }
 
+// Tiles that differ in length are taken by whichever multiprocessor comes free, and counted in device memory.
+size_t tiles_taken_bytes(const ForwardParams& p, const KernelInfo& kernel, const Queue& queue) {
+  const bool differ = p.window_left >= 0 || p.window_right >= 0 || p.cu_seqlens_q != nullptr || p.seqused_k != nullptr;
+  const bool many = kernel.blocks(&p) > device_attribute(cudaDevAttrMultiProcessorCount, queue);
+  return kernel.launch != nullptr && p.num_splits == 1 && differ && many ? align(sizeof(uint32_t)) : 0;
+}
+
 Workspace plan_forward(ForwardParams& p, const Queue& queue) {
   check_rows(p);
   p.num_splits = 1;
@@ -214,7 +221,7 @@ Workspace plan_forward(ForwardParams& p, const Queue& queue) {
     p.num_splits = ceil_div(p.seqlen_k, p.split_size);
     if (p.num_splits == 1) p.split_size = 0;
   }
-  if (p.num_splits == 1) return {0};
+  if (p.num_splits == 1) return {tiles_taken_bytes(p, kernel, queue)};
   return {align(size_t(partial_rows(p)) * p.head_dim * sizeof(float)) +
           2 * align(size_t(partial_rows(p)) * sizeof(float))};
 }
@@ -232,6 +239,10 @@ void forward(ForwardParams p, void* workspace, const Queue& queue) {
     launch(kernel, p, queue);
     launch(find(queue, KernelKind::kCombine, p.dtype), p, queue);
     return;
+  }
+  if (const size_t bytes = tiles_taken_bytes(p, kernel, queue)) {
+    p.tiles_taken = static_cast<uint32_t*>(workspace);
+    check(cudaMemsetAsync(workspace, 0, bytes, static_cast<cudaStream_t>(queue.stream)), "clearing a counter");
   }
   const bool may_fold = p.split_size > 0 && p.seqlen_k > p.split_size;
   launch(kernel, p, queue, may_fold ? kernel.stash_bytes : 0);

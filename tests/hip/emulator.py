@@ -70,7 +70,7 @@ class ForwardParams(AttentionParams):
     _fields_ = [
         *_fields(ctypes.c_int32, "split_size num_splits"),
         ("deterministic", ctypes.c_bool),
-        *_fields(ctypes.c_int64, "partial_out partial_max partial_sum s_dmask"),
+        *_fields(ctypes.c_int64, "partial_out partial_max partial_sum s_dmask tiles_taken"),
     ]
 
 

@@ -105,7 +105,7 @@ struct Backward {
     if (threadIdx.x == 0) {
       barriers.keys_full.init(1);
       for (int stage = 0; stage < kStages; ++stage) {
-        barriers.full[stage].init(1);
+        barriers.full[stage].init(32);  // every lane that loads rows
         barriers.free[stage].init(kWarps);
       }
       barriers.ds_full.init(kWarps);
@@ -177,6 +177,7 @@ struct Backward {
       }
       barriers.free[step.stage].wait(step.phase ^ 1);
       if (lane == 0) {
+        full.expect(2 * kQBytes);
         for (int panel = 0; panel < kPanels; ++panel) {
           const int row = int(seq.first_q) + query;
           load_box(q_address(step.stage) + panel * kQPanel, launched.q, full, panel * 64, row, step.head, batch);
@@ -188,8 +189,7 @@ struct Backward {
         negated_lse(step.stage)[i * 32 + lane] = lse_values[i] * -float(kLog2E);
         delta(step.stage)[i * 32 + lane] = delta_values[i];
       }
-      __syncwarp();
-      if (lane == 0) full.arrive_expecting(2 * kQBytes);
+      full.arrive();
     }
   }
 
@@ -303,6 +303,7 @@ struct Backward {
     if (i > 0) pass_on(dq, i - 1);
     wgmma_wait<0>();
     hold(dk.value);
+    __syncwarp();  // all lanes have read their rows, and written dS
     if (first_lane()) {
       barriers.free[stage].arrive();
       barriers.ds_full.arrive();

@@ -153,11 +153,8 @@ struct Forward {
     Place place;
     uint32_t phase = 0;
     const uint32_t tiles = uint32_t(Work::blocks(p));
-    for (uint32_t round = 0; round * gridDim.x < tiles; ++round) {
-      // Back and forth, so that no thread block gets the longest of every round.
-      const uint32_t i = round * gridDim.x + (round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
-      if (i >= tiles) continue;
-      const Tile next(p, i);
+    for (uint32_t tile = blockIdx.x; tile < tiles; tile = following(tile)) {
+      const Tile next(p, tile);
       if (!next.has_rows() && !next.clears(p)) continue;
       barriers.q_free.wait(phase ^ 1);
       message(phase) = next;
@@ -167,6 +164,11 @@ struct Forward {
     barriers.q_free.wait(phase ^ 1);
     message(phase).work.query_begin = -1;
     barriers.q_full.arrive();
+  }
+
+  // This thread block's next tile.
+  FA_DEVICE uint32_t following(uint32_t tile) const {
+    return p.tiles_taken != nullptr ? gridDim.x + atomicAdd(p.tiles_taken, 1) : tile + gridDim.x;
   }
 
   FA_DEVICE void load(const Tile& next, Place& place) {
@@ -227,7 +229,6 @@ struct Forward {
         if (folds) clear_stash();
         begin(now, state);
         walk(now, folds, state);
-        if (first_lane()) barriers.q_free.arrive();
         end(now, folds, state);
       } else {
         if (first_lane()) barriers.q_free.arrive();
@@ -244,12 +245,12 @@ struct Forward {
     int chunk_end = folds ? (now.keys.begin / p.split_size + 1) * p.split_size : now.keys.end;
     for (int key = now.keys.begin + kN; key < now.keys.end; key += kN) {
       if (key == chunk_end) {
-        step<true, true>(mask, first_row, key, state);
+        step<true, true>(now, mask, first_row, key, state);
         chunk_end += p.split_size;
       } else if (!mask.all_visible(first_row, first_row + kM, key, key + kN)) {
-        step<true, false>(mask, first_row, key, state);
+        step<true, false>(now, mask, first_row, key, state);
       } else {
-        step<false, false>(mask, first_row, key, state);
+        step<false, false>(now, mask, first_row, key, state);
       }
     }
   }
@@ -292,16 +293,23 @@ struct Forward {
     multiply_scores(scores, state.place.stage);
     wgmma_wait<0>();
     hold(scores.value);
-    if (first_lane()) barriers.k_free[state.place.stage].arrive();
+    release_factors(now, state.place.stage, key);
     if (!mask.all_visible(row, row + kM, key, key + kN)) hide(mask, row, key, scores);
     state.softmax.raise_max(scores, scale_log2(), rescale);
     state.softmax.exponentiate(scores, scale_log2());
     state.probabilities.narrow(scores);
   }
 
+  // A block's scores are known. Q goes as well with the last block: the next tile's is loaded under what remains.
+  FA_DEVICE void release_factors(const Tile& now, int stage, int key) {
+    if (!first_lane()) return;
+    barriers.k_free[stage].arrive();
+    if (key + kN >= now.keys.end) barriers.q_free.arrive();
+  }
+
   // The next block's scores, while the last block's values are multiplied.
   template <bool MASKED, bool NEW_CHUNK>
-  FA_DEVICE void step(const Mask& mask, int row, int key, State& state) {
+  FA_DEVICE void step(const Tile& now, const Mask& mask, int row, int key, State& state) {
     Scores scores;
     Rows rescale;
     const Place last = state.place;
@@ -313,7 +321,7 @@ struct Forward {
     multiply_values(state.output, state.probabilities, last.stage);
     wgmma_wait<1>();
     hold(scores.value);
-    if (first_lane()) barriers.k_free[stage].arrive();
+    release_factors(now, stage, key);
     if (MASKED) hide(mask, row, key, scores);
     OnlineSoftmax<float, Rows> next = state.softmax;
     if (NEW_CHUNK) next.clear();

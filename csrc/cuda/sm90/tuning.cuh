@@ -13,8 +13,8 @@ struct ForwardRow {
   static constexpr bool kCovered = true;
   static constexpr int kBlockM = BLOCK_M, kBlockN = BLOCK_N, kStages = 2;
   // Of 65,536 registers: three warpgroups and the producer's, or two.
-  static constexpr int kProducerRegisters = BLOCK_M == 192 ? 32 : 24;
-  static constexpr int kConsumerRegisters = BLOCK_M == 192 ? 160 : 240;
+  static constexpr int kProducerRegisters = BLOCK_M == 192 ? 32 : 40;
+  static constexpr int kConsumerRegisters = BLOCK_M == 192 ? 160 : 232;
 };
 template <int D>
 struct ForwardTuning {
