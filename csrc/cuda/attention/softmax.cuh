@@ -2,7 +2,9 @@
 // arXiv 2307.08691, Algorithm 1) and the fold of chunks that were each started from scratch.
 //
 // A row's state is (max, sum, O) with max in log2 units of the scaled score, rounded once: every exponential is taken
-// relative to that rounded value, so a fully masked block changes nothing, bit for bit.
+// relative to that rounded value, so a fully masked block changes nothing, bit for bit. A block's maximum replaces it
+// where it is larger by more than kSlack, which is rare (FlashAttention-4's idea): what is left unchanged, kernels need
+// not multiply by 1.
 #pragma once
 
 #include "../compat.cuh"
@@ -11,11 +13,13 @@ namespace flash_attn {
 
 template <class Scalar, class Rows>
 struct OnlineSoftmax {
-  Rows max;  // log2 units; kNoKey while the row has seen no key, -inf instead after finish()
+  Rows max;  // within kSlack of it, log2 units; kNoKey while the row has seen no key, -inf instead after finish()
   Rows sum;  // this lane's part until finish()
 
   // Finite, so that exp2(-inf - kNoKey) is 0 and exp2(kNoKey - kNoKey) 1: rows without keys need no branch.
   static constexpr Scalar kNoKey = Scalar(-3.4028234663852886e38);
+  // Exponentials stay below 2^8, which fp16 holds, and as precise as ever.
+  static constexpr Scalar kSlack = Scalar(8);
 
   FA_DEVICE void clear() {
     max.fill(kNoKey);
@@ -39,7 +43,7 @@ struct OnlineSoftmax {
     scores.max_rows(block_max);
     Rows::for_each([&](int slot, int, bool) {
       const Scalar scaled = block_max[slot] * scale_log2, former = max[slot];
-      max[slot] = scaled > former ? scaled : former;
+      max[slot] = scaled > former + kSlack ? scaled : former;
       rescale[slot] = exp2_fast(former - max[slot]);
       sum[slot] *= rescale[slot];
     });

@@ -106,7 +106,7 @@ struct Backward {
       barriers.keys_full.init(1);
       for (int stage = 0; stage < kStages; ++stage) {
         barriers.full[stage].init(32);  // every lane that loads rows
-        barriers.free[stage].init(kWarps);
+        barriers.free[stage].init(kWarps * 32);  // every lane that has read rows
       }
       barriers.ds_full.init(kWarps);
       for (int buffer = 0; buffer < 2; ++buffer) {
@@ -303,11 +303,9 @@ struct Backward {
     if (i > 0) pass_on(dq, i - 1);
     wgmma_wait<0>();
     hold(dk.value);
-    __syncwarp();  // all lanes have read their rows, and written dS
-    if (first_lane()) {
-      barriers.free[stage].arrive();
-      barriers.ds_full.arrive();
-    }
+    barriers.free[stage].arrive();
+    __syncwarp();  // all lanes have written dS
+    if (first_lane()) barriers.ds_full.arrive();
   }
 
   // dQ's fragments to the warp that adds them up.

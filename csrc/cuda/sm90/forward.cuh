@@ -226,7 +226,6 @@ struct Forward {
       state.output.fill(0);
       if (now.has_keys()) {
         const bool folds = may_fold() && now.keys.begin / p.split_size != (now.keys.end - 1) / p.split_size;
-        if (folds) clear_stash();
         begin(now, state);
         walk(now, folds, state);
         end(now, folds, state);
@@ -273,12 +272,8 @@ struct Forward {
     hold(state.output.value);
     if (first_lane()) barriers.v_free[stage].arrive();
     state.place.step();
-    if (folds) {
-      fold(state.output, state.softmax);
-      take_stash(state.output, state.softmax);
-    } else {
-      state.softmax.finish();
-    }
+    state.softmax.finish();
+    if (folds) fold_stash_into(state.output, state.softmax);
   }
 
   FA_DEVICE float scale_log2() const { return float(p.softmax_scale) * float(kLog2E); }
@@ -322,7 +317,7 @@ struct Forward {
     wgmma_wait<1>();
     hold(scores.value);
     release_factors(now, stage, key);
-    if (MASKED) hide(mask, row, key, scores);
+    if (NEW_CHUNK ? !mask.all_visible(row, row + kM, key, key + kN) : MASKED) hide(mask, row, key, scores);
     OnlineSoftmax<float, Rows> next = state.softmax;
     if (NEW_CHUNK) next.clear();
     next.raise_max(scores, scale_log2(), rescale);
@@ -330,8 +325,9 @@ struct Forward {
     wait_after(next, stage, state.place.phase);
     hold(state.output.value);
     if (NEW_CHUNK) {
-      fold(state.output, state.softmax);
-    } else {
+      const bool first = (key - 1) / p.split_size == now.keys.begin / p.split_size;
+      fold_into_stash(first, state.output, state.softmax);
+    } else if (__any_sync(0xffffffffu, rescale[0] != 1.0f || rescale[1] != 1.0f)) {
       next.apply(rescale, state.output);
     }
     state.softmax = next;
@@ -411,41 +407,48 @@ struct Forward {
   FA_DEVICE float& stashed_max(int row) { return reinterpret_cast<float*>(shared + kRoomAt + kWarps * kStash)[row]; }
   FA_DEVICE float& stashed_sum(int row) { return stashed_max(kM + row); }
 
-  FA_DEVICE void clear_stash() {
-    Rows::for_each([&](int, int row, bool owner) {
-      if (!owner) return;
-      stashed_max(row) = -infinity<float>();
-      stashed_sum(row) = 0;
-    });
-    __syncwarp();
-    FA_UNROLL
-    for (int reg = 0; reg < Output::kRegs; ++reg) stashed(reg) = 0;
-  }
-  FA_DEVICE void fold(Output& output, OnlineSoftmax<float, Rows>& softmax) {
+  // A finished chunk joins those before it, or is the first. The next starts from scratch.
+  FA_DEVICE void fold_into_stash(bool first, Output& output, OnlineSoftmax<float, Rows>& softmax) {
     softmax.finish();
-    Rows keep, add;
-    Rows::for_each([&](int slot, int row, bool owner) {
-      float max = stashed_max(row), sum = stashed_sum(row);
-      fold_weights(max, sum, softmax.max[slot], softmax.sum[slot], keep[slot], add[slot]);
-      __syncwarp();
-      if (owner) {
-        stashed_max(row) = max;
-        stashed_sum(row) = sum;
-      }
-      __syncwarp();
-    });
-    Output::for_each([&](int slot, int, int, int reg) {
-      stashed(reg) = fma_rn(output[reg], add[slot], stashed(reg) * keep[slot]);
-    });
+    if (first) {
+      keep_rows(softmax);
+      FA_UNROLL
+      for (int reg = 0; reg < Output::kRegs; ++reg) stashed(reg) = output[reg] + 0.0f;  // as the fold: no zero is negative
+    } else {
+      Rows keep, add;
+      fold_rows(softmax, keep, add);
+      keep_rows(softmax);
+      Output::for_each([&](int slot, int, int, int reg) {
+        stashed(reg) = fma_rn(output[reg], add[slot], stashed(reg) * keep[slot]);
+      });
+    }
     softmax.clear();
     output.fill(0);
   }
-  FA_DEVICE void take_stash(Output& output, OnlineSoftmax<float, Rows>& softmax) {
-    Rows::for_each([&](int slot, int row, bool) {
-      softmax.max[slot] = stashed_max(row);
-      softmax.sum[slot] = stashed_sum(row);
+  // The last chunk.
+  FA_DEVICE void fold_stash_into(Output& output, OnlineSoftmax<float, Rows>& softmax) {
+    Rows keep, add;
+    fold_rows(softmax, keep, add);
+    Output::for_each([&](int slot, int, int, int reg) {
+      output[reg] = fma_rn(output[reg], add[slot], stashed(reg) * keep[slot]);
     });
-    Output::for_each([&](int, int, int, int reg) { output[reg] = stashed(reg); });
+  }
+  FA_DEVICE void fold_rows(OnlineSoftmax<float, Rows>& softmax, Rows& keep, Rows& add) {
+    Rows::for_each([&](int slot, int row, bool) {
+      float max = stashed_max(row), sum = stashed_sum(row);
+      fold_weights(max, sum, softmax.max[slot], softmax.sum[slot], keep[slot], add[slot]);
+      softmax.max[slot] = max;
+      softmax.sum[slot] = sum;
+    });
+    __syncwarp();  // all lanes have read
+  }
+  FA_DEVICE void keep_rows(OnlineSoftmax<float, Rows>& softmax) {
+    Rows::for_each([&](int slot, int row, bool owner) {
+      if (!owner) return;
+      stashed_max(row) = softmax.max[slot];
+      stashed_sum(row) = softmax.sum[slot];
+    });
+    __syncwarp();
   }
 
   FA_DEVICE void write(const Tile& tile, Output& output, OnlineSoftmax<float, Rows>& softmax) {

@@ -11,7 +11,7 @@ namespace sm90 {
 template <int BLOCK_M, int BLOCK_N>
 struct ForwardRow {
   static constexpr bool kCovered = true;
-  static constexpr int kBlockM = BLOCK_M, kBlockN = BLOCK_N, kStages = 2;
+  static constexpr int kBlockM = BLOCK_M, kBlockN = BLOCK_N, kStages = BLOCK_M == 192 ? 3 : 2;
   // Of 65,536 registers: three warpgroups and the producer's, or two.
   static constexpr int kProducerRegisters = BLOCK_M == 192 ? 32 : 40;
   static constexpr int kConsumerRegisters = BLOCK_M == 192 ? 160 : 232;
