@@ -413,7 +413,7 @@ struct Forward {
     if (first) {
       keep_rows(softmax);
       FA_UNROLL
-      for (int reg = 0; reg < Output::kRegs; ++reg) stashed(reg) = output[reg] + 0.0f;  // as the fold: no zero is negative
+      for (int reg = 0; reg < Output::kRegs; ++reg) stashed(reg) = output[reg] + 0.0f;  // no -0, as from a fold
     } else {
       Rows keep, add;
       fold_rows(softmax, keep, add);
