@@ -48,6 +48,16 @@ def test_grouped_heads(device, heads):
     check(q, k, v, causal=True)
 
 
+@pytest.mark.parametrize("name", FEATURES)
+def test_one_query_of_grouped_heads(device, dtype, name):
+    """A GPU may treat heads that share keys as rows. In place: q's heads are every other of a wider tensor's."""
+    wide, k, v = random_qkv(device, dtype, 3, 1, 1100, heads_q=16, heads_kv=2, dim=64)
+    q = wide[:, :, ::2]
+    out = check(q, k, v, **feature(name, q))
+    first = check(q[:, :, :4], k[:, :, :1], v[:, :, :1], **feature(name, q[:, :, :4])) if name == "causal" else out
+    assert error(first, out[:, :, : first.shape[2]]) <= torch.finfo(dtype).eps  # another split of the keys
+
+
 @pytest.mark.parametrize("lengths", [(0, 5), (5, 0), (0, 0)])
 @pytest.mark.parametrize("with_sink", [False, True])
 def test_no_rows_or_no_keys(device, lengths, with_sink):

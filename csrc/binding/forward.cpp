@@ -42,7 +42,6 @@ std::tuple<Tensor, Tensor, Tensor> forward(
           split_size, "0 turns the mode off");
   params.split_size = static_cast<int>(split_size);
   params.deterministic = deterministic;
-  params.deterministic = deterministic;
 
   Tensor out = empty(q, shape_of(q), torch_dtype(q));
   Tensor lse = empty(q, rows_shape(params), torch_accum_dtype_of(params.dtype));

@@ -71,6 +71,8 @@ struct ForwardParams : AttentionParams {
   void* partial_sum;              // accum [num_splits, batch, heads_q, seqlen_q]
   // [batch, heads_q, seqlen_q, seqlen_k] in q's dtype, contiguous, or null: probabilities, negative where dropped.
   void* s_dmask;
+  // The rows of a head are query heads that share its keys, one query each, rather than queries of one head.
+  bool rows_are_heads;
   // Zero on entry: blocks that take one tile after another count here those taken. Null: tiles are dealt out.
   uint32_t* tiles_taken;
 };

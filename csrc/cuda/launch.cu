@@ -182,6 +182,27 @@ bool partials_are_small(const ForwardParams& p, int chunks) {
   return partials * int64_t(sizeof(float)) * 10 <= tensors * int64_t(element_bytes(p.dtype));
 }
 
+// One query a sequence: the heads that share a KV head become the rows of one, and a block reads their keys once. A
+// row's bits do not depend on the rows beside it.
+void make_rows_of_heads(ForwardParams& p) {
+  const int group = p.heads_q / p.heads_kv;
+  const bool sees_all = p.window_left < 0 || p.window_left >= p.seqlen_k;
+  const bool alike = p.alibi_slopes == nullptr && p.dropout_p == 0 && p.s_dmask == nullptr;
+  if (p.seqlen_q != 1 || group == 1 || p.cu_seqlens_q != nullptr || p.lse.head_stride != 1 || !sees_all || !alike) {
+    return;
+  }
+  for (TensorRef* rows : {&p.q, &p.out}) {
+    rows->row_stride = rows->head_stride;
+    rows->head_stride *= group;
+  }
+  p.lse.head_stride = group;
+  p.heads_q = p.heads_kv;
+  p.seqlen_q = group;
+  p.total_q *= group;
+  p.window_left = p.window_right = -1;
+  p.rows_are_heads = true;
+}
+
 // Tiles that differ in length are taken by whichever multiprocessor comes free, and counted in device memory.
 size_t tiles_taken_bytes(const ForwardParams& p, const KernelInfo& kernel, const Queue& queue) {
   const bool differ = p.window_left >= 0 || p.window_right >= 0 || p.cu_seqlens_q != nullptr || p.seqused_k != nullptr;
@@ -190,6 +211,7 @@ size_t tiles_taken_bytes(const ForwardParams& p, const KernelInfo& kernel, const
 }
 
 Workspace plan_forward(ForwardParams& p, const Queue& queue) {
+  make_rows_of_heads(p);
   check_rows(p);
   p.num_splits = 1;
   const KernelInfo& kernel = forward_kernel(p, queue);

@@ -70,7 +70,9 @@ class ForwardParams(AttentionParams):
     _fields_ = [
         *_fields(ctypes.c_int32, "split_size num_splits"),
         ("deterministic", ctypes.c_bool),
-        *_fields(ctypes.c_int64, "partial_out partial_max partial_sum s_dmask tiles_taken"),
+        *_fields(ctypes.c_int64, "partial_out partial_max partial_sum s_dmask"),
+        ("rows_are_heads", ctypes.c_bool),
+        ("tiles_taken", ctypes.c_int64),
     ]
 
 

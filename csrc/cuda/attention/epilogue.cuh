@@ -6,6 +6,13 @@
 
 namespace flash_attn {
 
+// Null without sinks.
+template <class Scalar>
+FA_DEVICE const Scalar* sink_of(const ForwardParams& p, int head, int row) {
+  if (p.sink == nullptr) return nullptr;
+  return static_cast<const Scalar*>(p.sink) + (p.rows_are_heads ? head * p.seqlen_q + row : head);
+}
+
 // Rows of a packed tensor that are no sequence's, as rows that see no key.
 template <class T, class A, int BLOCK_M>
 FA_DEVICE void clear_rows_of_no_sequence(const ForwardParams& p, const ForwardWork<BLOCK_M>& work) {
@@ -23,10 +30,10 @@ FA_DEVICE void clear_rows_of_no_sequence(const ForwardParams& p, const ForwardWo
 template <class Scalar, class Rows, class Output, int BLOCK_M>
 FA_DEVICE void normalise(const ForwardParams& p, const ForwardWork<BLOCK_M>& work, const Sequence& seq, int rows,
                          Scalar factor, OnlineSoftmax<Scalar, Rows>& softmax, Output& output) {
-  const Scalar* sink = p.sink == nullptr ? nullptr : static_cast<const Scalar*>(p.sink) + work.head;
   Scalar* lse = head_rows<Scalar>(p.lse, work.batch, work.head, seq.first_q + work.query_begin);
   Rows scale;
   Rows::for_each([&](int slot, int row, bool owner) {
+    const Scalar* sink = sink_of<Scalar>(p, work.head, work.query_begin + min_int(row, rows - 1));
     const RowResult<Scalar> result(softmax.max[slot], softmax.sum[slot], sink);
     scale[slot] = result.scale * factor;
     softmax.sum[slot] = result.lse;

@@ -9,9 +9,11 @@ namespace flash_attn {
 // Without softcap and ALiBi the softmax scales by softmax_scale * log2(e), in the exponent's fma; with them, scores
 // leave apply() scaled, softcapped, biased, in log2 units. A modified instance without either computes what the plain
 // one does.
-template <class Scalar, bool MODIFIED>
+template <class T, bool MODIFIED>
 class ScoreModifier {
  public:
+  using Scalar = AccumOf<T>;
+
   FA_DEVICE ScoreModifier(const AttentionParams& p, int batch, int head, int shift)
       : p_(p), scale_(Scalar(p.softmax_scale)), shift_(shift) {
     if (MODIFIED && p.alibi_slopes != nullptr) slope_ = p.alibi_slopes[batch * p.alibi_batch_stride + head];
@@ -33,8 +35,9 @@ class ScoreModifier {
     const AttentionParams& p = reread(p_);
     const Scalar softcap = p.softcap;
     if (softcap > 0) {
+      const Scalar scale = uniform(scale_ / softcap);
       Scores::for_each([&](int, int, int, int reg) {
-        const Scalar t = tanh_accurate(scores[reg] * scale_ / softcap);
+        const Scalar t = tanh_of(scores[reg] * scale);
         differentiate(reg, Scalar(1) - t * t);
         scores[reg] = softcap * t;
       });
@@ -52,6 +55,11 @@ class ScoreModifier {
   }
 
  private:
+  static FA_DEVICE Scalar tanh_of(Scalar x) {
+    if constexpr (sizeof(T) == 2) return tanh_fast(x);
+    return tanh_accurate(x);
+  }
+
   // A score of -inf must not meet a scale of 0, nor a maximum a negative one.
   FA_DEVICE bool active() const {
     if (!MODIFIED) return false;

@@ -226,7 +226,7 @@ struct Backward {
   FA_DEVICE void differentiate_scores(const Step& step, Rows& negated_lse, Rows& delta, Scores& scores,
                                       Scores& gradient) {
     const Params& p = reread(this->p);
-    const ScoreModifier<Scalar, kModified> modifier(p, work.batch, step.head, mask.shift);
+    const ScoreModifier<T, kModified> modifier(p, work.batch, step.head, mask.shift);
     const Dropout dropout(p, work.batch, step.head);
     const bool masked = !mask.all_visible(step.query, step.query + kM, work.key_begin, work.key_begin + kN);
 

@@ -1,8 +1,7 @@
 // Combine: folds the chunks that Forward's blocks left, in ascending order, with Forward's own arithmetic.
 #pragma once
 
-#include "../attention/schedule.cuh"
-#include "../attention/softmax.cuh"
+#include "../attention/epilogue.cuh"
 #include "../tile/tile.cuh"
 
 namespace flash_attn {
@@ -40,8 +39,7 @@ struct Combine {
                    static_cast<const Scalar*>(p.partial_sum)[at], keep, add);
       out = fma_rn(static_cast<const Scalar*>(p.partial_out)[at * p.head_dim + col], add, out * keep);
     }
-    const Scalar* sink = p.sink == nullptr ? nullptr : static_cast<const Scalar*>(p.sink) + head;
-    const RowResult<Scalar> result(max, sum, sink);
+    const RowResult<Scalar> result(max, sum, sink_of<Scalar>(p, head, row));
     const Scalar kept = p.dropout_p > 0 ? Scalar(1) / (Scalar(1) - Scalar(p.dropout_p)) : Scalar(1);
     head_rows<T>(p.out, batch, head, seq.first_q)[row * p.out.row_stride + col] =
         narrow<T>(out * (result.scale * kept));

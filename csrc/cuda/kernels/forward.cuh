@@ -53,7 +53,7 @@ struct Forward {
   Work work;
   const Sequence seq;
   Mask mask;
-  const ScoreModifier<Scalar, kModified> modifier;
+  const ScoreModifier<T, kModified> modifier;
   const Dropout dropout;
   const T* k;
   const T* v;
