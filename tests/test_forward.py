@@ -53,9 +53,7 @@ def test_one_query_of_grouped_heads(device, dtype, name):
     """A GPU may treat heads that share keys as rows. In place: q's heads are every other of a wider tensor's."""
     wide, k, v = random_qkv(device, dtype, 3, 1, 1100, heads_q=16, heads_kv=2, dim=64)
     q = wide[:, :, ::2]
-    out = check(q, k, v, **feature(name, q))
-    first = check(q[:, :, :4], k[:, :, :1], v[:, :, :1], **feature(name, q[:, :, :4])) if name == "causal" else out
-    assert error(first, out[:, :, : first.shape[2]]) <= torch.finfo(dtype).eps  # another split of the keys
+    check(q, k, v, **feature(name, q))
 
 
 @pytest.mark.parametrize("lengths", [(0, 5), (5, 0), (0, 0)])

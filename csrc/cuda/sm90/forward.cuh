@@ -371,20 +371,23 @@ struct Forward {
     wgmma_commit();
   }
 
+  // Ends are relative to a lane's first column: one comparison with a constant for each element.
   FA_DEVICE void hide(const Mask& mask, int query, int key, Scores& scores) {
-    if (mask.left >= 0) {
-      return for_each_hidden<Scores, IntRows>(mask, query, key,
-                                              [&](int reg) { scores[reg] = -infinity<float>(); });
+    const int lane_col = int(threadIdx.x) % 4 * 2, origin = key + lane_col;
+    if (key < mask.row_begin(query + kM - 1)) {
+      IntRows begin;
+      IntRows::for_each([&](int slot, int row, bool) { begin[slot] = mask.row_begin(query + row) - origin; });
+      Scores::for_each([&](int slot, int, int col, int reg) {
+        if (col - lane_col < begin[slot]) scores[reg] = -infinity<float>();
+      });
     }
-    // Ends relative to a lane's first column: one comparison with a constant for each element.
-    const int lane_col = int(threadIdx.x) % 4 * 2;
-    IntRows end;
-    IntRows::for_each([&](int slot, int row, bool) {
-      end[slot] = mask.row_end(query + row) - key - lane_col;
-    });
-    Scores::for_each([&](int slot, int, int col, int reg) {
-      if (col - lane_col >= end[slot]) scores[reg] = -infinity<float>();
-    });
+    if (key + kN > mask.row_end(query)) {
+      IntRows end;
+      IntRows::for_each([&](int slot, int row, bool) { end[slot] = mask.row_end(query + row) - origin; });
+      Scores::for_each([&](int slot, int, int col, int reg) {
+        if (col - lane_col >= end[slot]) scores[reg] = -infinity<float>();
+      });
+    }
   }
 
   // Zeros in a block of values, from row `begin` on. Every warpgroup clears for itself, before it multiplies.
