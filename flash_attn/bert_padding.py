@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flash_attn import _checks as check
+
 try:
     from einops import rearrange  # clients import it from here
 except ImportError:
@@ -12,6 +14,8 @@ except ImportError:
         """The patterns of `einops.rearrange` that move between batches and rows; any other needs einops."""
         if pattern == "b s ... -> (b s) ...":
             return tensor.flatten(0, 1)
+        if pattern == "c b s ... -> (b s) c ...":
+            return tensor.movedim(0, 2).flatten(0, 1)
         if pattern == "(b s) ... -> b s ...":
             size = (axes_lengths["b"], -1) if "b" in axes_lengths else (-1, axes_lengths["s"])
             return tensor.unflatten(0, size)
@@ -37,6 +41,13 @@ def index_first_axis_residual(input: Tensor, indices: Tensor) -> tuple[Tensor, T
     return index_first_axis(input, indices), input
 
 
+def _check_mask(name: str, mask: Tensor, hidden_states: Tensor) -> None:
+    check.tensor(name, mask, ("batch", "seqlen"))
+    if mask.shape != hidden_states.shape[:2]:
+        wanted = f"shape must be {list(hidden_states.shape[:2])} like the rows of hidden_states"
+        check.fail(name, wanted, list(mask.shape), "one entry for each row")
+
+
 def _cumulative(lengths: Tensor) -> Tensor:
     return F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
 
@@ -55,6 +66,9 @@ def unpad_input(
         Rows [total, ...] selected by either mask; int64 indices [total] of them in [batch * seqlen]; int32 cu_seqlens
         [batch + 1]; the longest sequence's length (read back: one synchronisation); int32 [batch] rows in use.
     """
+    _check_mask("attention_mask", attention_mask, hidden_states)
+    if unused_mask is not None:
+        _check_mask("unused_mask", unused_mask, hidden_states)
     selected = attention_mask if unused_mask is None else attention_mask + unused_mask
     lengths = selected.sum(dim=-1, dtype=torch.int32)
     used = attention_mask.sum(dim=-1, dtype=torch.int32)
@@ -76,6 +90,7 @@ def unpad_input_for_concatenated_sequences(
     Returns:
         Rows [total, ...], int64 indices [total], int32 cu_seqlens [sequences + 1], the longest sequence's length.
     """
+    _check_mask("attention_mask_in_length", attention_mask_in_length, hidden_states)
     filled = attention_mask_in_length.sum(dim=-1)
     position = torch.arange(attention_mask_in_length.shape[-1], device=filled.device)
     indices = (position < filled[:, None]).flatten().nonzero().flatten()

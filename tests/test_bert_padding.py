@@ -13,6 +13,7 @@ from flash_attn.bert_padding import (
     unpad_input,
     unpad_input_for_concatenated_sequences,
 )
+from flash_attn.flash_attention import FlashAttention
 
 
 def test_round_trip_and_lengths():
@@ -51,6 +52,19 @@ def test_gradients_by_differences():
     assert torch.autograd.gradcheck(lambda x: index_put_first_axis(x, indices, 6), (values,))
 
 
+def test_masks_of_another_shape_are_refused():
+    """They would select rows of other sequences."""
+    x, mask, other = torch.zeros(2, 5, 8), torch.ones(2, 5), torch.ones(2, 4)
+    with pytest.raises(ValueError, match=r"attention_mask: shape must be \[2, 5\] .* got \[2, 4\]"):
+        unpad_input(x, other)
+    with pytest.raises(ValueError, match="unused_mask: shape must be"):
+        unpad_input(x, mask, other)
+    with pytest.raises(ValueError, match="attention_mask_in_length: shape must be"):
+        unpad_input_for_concatenated_sequences(x, other)
+    with pytest.raises(ValueError, match="attention_mask: shape must be"):
+        FlashAttention()(torch.zeros(2, 5, 3, 4, 8), key_padding_mask=other)
+
+
 @pytest.mark.parametrize(
     ("pattern", "axes", "shape", "expected"),
     [
@@ -62,6 +76,12 @@ def test_gradients_by_differences():
 def test_rearrange(pattern, axes, shape, expected):
     x = torch.arange(torch.Size(shape).numel()).reshape(shape)
     assert torch.equal(bert_padding.rearrange(x, pattern, **axes), x.reshape(expected))
+
+
+def test_rearrange_of_stacked_positions():
+    x = torch.randn(3, 2, 5, 4)
+    rows = bert_padding.rearrange(x, "c b s ... -> (b s) c ...")
+    assert torch.equal(rows, torch.stack([part.flatten(0, 1) for part in x], dim=1))
 
 
 @settings(max_examples=30, deadline=None)
