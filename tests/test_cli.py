@@ -181,6 +181,19 @@ def test_unusable_devices_are_refused():
             main(["bench", "--device", "cuda"])
 
 
+def test_unknown_device_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["verify", "--device", "gpu0"])
+    assert "argument --device: must be cpu, cuda or cuda:1, got gpu0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["verify", "bench", "demo"])
+def test_without_a_library_commands_say_what_to_do(monkeypatch, command):
+    monkeypatch.setattr(_library, "_problem", "the compiled library _C.abi3.so is missing from somewhere")
+    with pytest.raises(SystemExit, match=r"is missing from somewhere \(rebuild with `pip install"):
+        main([command])
+
+
 # ---- bench -----------------------------------------------------------------------------------------------------------
 
 TINY = ["--seqlen", "32", "64", "--head-dim", "32", "--tokens", "64", "--hidden", "64", "--rounds", "2"]
@@ -360,6 +373,15 @@ def test_demo(few_checks, capsys, device):
     assert not torch.are_deterministic_algorithms_enabled()
 
 
+def test_demo_refuses_sizes_that_make_no_sense(capsys):
+    """No steps would prove nothing."""
+    with pytest.raises(SystemExit):
+        main(["demo", "--steps", "0"])
+    assert "argument --steps: must be an int from 1 on, got 0" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="--width: must be a multiple of 8, got 30"):
+        main(["demo", "--width", "30"])
+
+
 def test_demo_sees_runs_that_differ(few_checks, monkeypatch, capsys):
     calls = []
 
@@ -385,6 +407,7 @@ def test_text_is_prose_and_tokens_are_reversible():
     tokens = vocabulary.encode(corpus)
     assert vocabulary.decode(tokens.tolist()) == corpus
     assert len(tokens) < 0.6 * len(corpus)  # words, not letters
+    assert text.Vocabulary(corpus, 1).tokens == sorted(set(corpus))  # letters are never left out
 
 
 def test_text_without_the_manual(monkeypatch):

@@ -22,18 +22,35 @@ DEFAULT = model.Settings()
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The device and the language model's sizes."""
     devices.add_device_argument(parser)
-    parser.add_argument("--steps", type=int, default=DEFAULT.steps, help="of training, twice (default %(default)s)")
-    parser.add_argument("--layers", type=int, default=DEFAULT.layers)
-    parser.add_argument("--width", type=int, default=DEFAULT.width, help=f"of the model, for {DEFAULT.heads} heads")
-    parser.add_argument("--seqlen", type=int, default=DEFAULT.seqlen)
-    parser.add_argument("--batch", type=int, default=DEFAULT.batch)
-    parser.add_argument("--vocabulary", type=int, default=2048, help="letters and frequent words (default %(default)s)")
-    parser.add_argument("--sample", type=int, default=60, help="tokens to write after training (default %(default)s)")
+    parser.add_argument(
+        "--steps", type=positive, default=DEFAULT.steps, help="of training, twice (default %(default)s)"
+    )
+    parser.add_argument("--layers", type=positive, default=DEFAULT.layers)
+    parser.add_argument(
+        "--width", type=positive, default=DEFAULT.width, help=f"of the model, for {DEFAULT.heads} heads"
+    )
+    parser.add_argument("--seqlen", type=positive, default=DEFAULT.seqlen)
+    parser.add_argument("--batch", type=positive, default=DEFAULT.batch)
+    parser.add_argument(
+        "--vocabulary", type=positive, default=2048, help="letters and frequent words (default %(default)s)"
+    )
+    parser.add_argument(
+        "--sample", type=positive, default=60, help="tokens to write after training (default %(default)s)"
+    )
+
+
+def positive(argument: str) -> int:
+    """An int from 1 on; argparse shows the message of an error."""
+    if not argument.isdecimal() or int(argument) < 1:
+        raise argparse.ArgumentTypeError(f"must be an int from 1 on, got {argument}")
+    return int(argument)
 
 
 def run(options: argparse.Namespace) -> int:
     """The four parts; 0 where everything held."""
     start = time.perf_counter()
+    if options.width % (2 * DEFAULT.heads):  # heads' elements are rotated in pairs
+        raise SystemExit(f"--width: must be a multiple of {2 * DEFAULT.heads}, got {options.width}")
     device = devices.choose(options.device)
     show_what_is_there(device)
     failures = verify.check_features(correctness.FEATURES, DTYPES, device)

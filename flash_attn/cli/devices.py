@@ -46,18 +46,29 @@ def describe(device: torch.device) -> str:
     return torch.ops.flash_attn.describe(device.type, device.index or 0)
 
 
+def parse(name: str) -> torch.device:
+    """The device called so; argparse shows the message of an error."""
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:1, got {name}") from None
+
+
 def add_device_argument(parser: argparse.ArgumentParser) -> None:
     """`--device`"""
-    parser.add_argument("--device", type=torch.device, help="cpu, cuda or cuda:1 (default: a GPU where there is one)")
+    parser.add_argument("--device", type=parse, help="cpu, cuda or cuda:1 (default: a GPU where there is one)")
 
 
 def choose(asked: torch.device | None) -> torch.device:
     """The device to run on, made current.
 
     Raises:
-        SystemExit: no kernels are built for what was asked, or torch sees no such device.
+        SystemExit: no library, no kernels built for what was asked, or torch sees no such device.
     """
-    _library.require()
+    try:
+        _library.require()
+    except RuntimeError as error:
+        raise SystemExit(str(error)) from None
     if asked is None:
         return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else torch.device("cpu")
     if asked.type not in FLOAT_DTYPES:

@@ -54,7 +54,7 @@ class Vocabulary:
         letters = sorted(set(text))
         counts = Counter(piece for piece in self.PIECE.findall(text) if len(piece) > 1)
         # Ties in alphabetical order, so that the vocabulary is a function of the text.
-        words = sorted(counts, key=lambda piece: (-counts[piece], piece))[: size - len(letters)]
+        words = sorted(counts, key=lambda piece: (-counts[piece], piece))[: max(0, size - len(letters))]
         self.tokens = letters + words
         self._index = {token: index for index, token in enumerate(self.tokens)}
 
