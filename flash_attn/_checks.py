@@ -8,6 +8,7 @@ tensors they are given whatever those values are.
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from numbers import Integral, Real
 from typing import Any, NoReturn
 
 import torch
@@ -18,9 +19,6 @@ from flash_attn import _library, modes
 MAX_HEAD_DIM = 256
 # A window this wide sees every key; kernels add it to positions in 32 bits.
 UNBOUNDED_WINDOW = 2**30
-
-# Any: where torch.compile traces with dynamic shapes, an int is a torch.SymInt, which stands in for int.
-_INTEGERS: Any = (int, torch.SymInt)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -118,10 +116,20 @@ def packed_qkv(x: Any, name: str, slots: int, packed: bool) -> None:
         fail(name, f"dimension -3 must be {slots}", f"shape {list(x.shape)}", "stack q, k, v along dimension -3")
 
 
+def integer(name: str, x: Any, wanted: str, fix: str) -> int:
+    """x as an int: numpy's are taken, bools are not."""
+    if isinstance(x, bool) or not isinstance(x, (int, torch.SymInt, Integral)):
+        fail_type(name, wanted, x, fix)
+    # Where torch.compile traces with dynamic shapes, an int is a torch.SymInt, and must stay one.
+    return x if isinstance(x, torch.SymInt) else int(x)  # type: ignore[return-value]
+
+
 def number(name: str, x: Any) -> float:
     """x as a finite float."""
-    if isinstance(x, bool) or not isinstance(x, (int, float, torch.SymInt, torch.SymFloat, Tensor)):
+    if isinstance(x, bool) or not isinstance(x, (int, float, torch.SymInt, torch.SymFloat, Real, Tensor)):
         fail_type(name, "a number", x, "pass a float")
+    if isinstance(x, Tensor) and x.numel() != 1:
+        fail(name, "must be a number", f"a tensor of shape {list(x.shape)}", "pass a float")
     value = float(x)
     if not -math.inf < value < math.inf:  # false for NaN too; math.isfinite cannot be traced
         fail(name, "must be finite", value, "check how it is computed")
@@ -150,8 +158,7 @@ def window(window_size: Any, causal: bool) -> tuple[int, int]:
         fail_type("window_size", "a pair (left, right)", window_size, "pass (-1, -1) for no window")
     bounds = []
     for side, bound in zip(("left", "right"), window_size, strict=True):
-        if isinstance(bound, bool) or not isinstance(bound, _INTEGERS):
-            fail_type(f"window_size {side}", "an int", bound, "pass -1 for no bound")
+        bound = integer(f"window_size {side}", bound, "an int", "pass -1 for no bound")
         if bound < -1:
             fail(f"window_size {side}", "must be -1 (no bound) or at least 0", bound, "pass -1 for no bound")
         bounds.append(-1 if bound >= UNBOUNDED_WINDOW else bound)
@@ -198,11 +205,11 @@ def max_seqlen(name: str, x: Any) -> int:
         if x.dim() != 0 or x.is_floating_point():
             fail(name, "must be an int or a 0-d integer tensor", f"{x.dtype} {list(x.shape)}", "pass int(x)")
         return int(x.item())
-    if isinstance(x, bool) or not isinstance(x, _INTEGERS):
-        fail_type(name, "an int or a 0-d integer tensor", x, "pass the longest sequence's length")
-    if x < 0:
-        fail(name, "must be at least 0", x, "pass the longest sequence's length")
-    return x
+    fix = "pass the longest sequence's length"
+    value = integer(name, x, "an int or a 0-d integer tensor", fix)
+    if value < 0:
+        fail(name, "must be at least 0", value, fix)
+    return value
 
 
 def int32_vector(name: str, x: Any, device: torch.device, length: int | None = None) -> Tensor:
@@ -255,6 +262,21 @@ def in_range(name: str, x: Tensor, low: int, high: int, fix: str) -> None:
         least, most = int(x.min()), int(x.max())
         if least < low or most > high:
             fail(name, f"entries must lie in [{low}, {high}]", f"[{least}, {most}]", fix)
+
+
+def rotary_tables(cos: Any, sin: Any, x: Tensor, names: tuple[str, str] = ("cos", "sin")) -> None:
+    """Both tables, floating [seqlen_rotary, rotary_dim / 2] on x's device, with rotary_dim at most x's head_dim."""
+    for name, table in zip(names, (cos, sin), strict=True):
+        tensor(name, table, ("seqlen_rotary", "rotary_dim / 2"))
+        if not table.is_floating_point():
+            fail(name, "dtype must be floating", table.dtype, "convert with .float()")
+        if table.device != x.device:
+            fail(name, f"device must be that of the rotated tensor, {x.device}", table.device, "move it")
+    if cos.shape != sin.shape:
+        fail(names[1], f"shape must be that of {names[0]}, {list(cos.shape)}", list(sin.shape), "pass both tables")
+    if 2 * cos.shape[1] > x.shape[-1]:
+        wanted = f"rotary_dim must be at most head_dim, {x.shape[-1]}"
+        fail(names[0], wanted, 2 * cos.shape[1], "cut the table")
 
 
 def gpu_generator(name: str, generator: Any) -> None:

@@ -20,6 +20,8 @@ def _run_forward(
     q: Tensor, k: Tensor, v: Tensor, place: Tensor | None, tensors: _ops.Tensors, options: _ops.Options
 ) -> list[Tensor]:
     """[out, softmax_lse, S_dmask, rng_state], with out copied into `place` where the caller has one."""
+    if place is not None:
+        _check_like("out", place, "q", q)
     q, k, v = innermost_contiguous(q), innermost_contiguous(k), innermost_contiguous(v)
     out, softmax_lse, s_dmask = _ops.forward(q, k, v, tensors, options)
     rng_state = tensors.rng_state
@@ -28,15 +30,26 @@ def _run_forward(
     return [out if place is None else place.copy_(out), softmax_lse, s_dmask, rng_state]
 
 
+def _check_like(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
+    """x has the shape, dtype and device of `like`."""
+    if not isinstance(x, Tensor):
+        check.fail_type(name, "a torch.Tensor", x, f"pass a tensor like {like_name}")
+    if (x.dtype, x.shape, x.device) != (like.dtype, like.shape, like.device):
+        got, wanted = (f"{y.dtype} {list(y.shape)} on {y.device}" for y in (x, like))
+        check.fail(name, f"must be {wanted} like {like_name}", got, "allocate it so")
+
+
 def _run_backward(
     dout, q, k, v, out, softmax_lse, gradients, tensors: _ops.Tensors, options: _ops.Options
 ) -> list[Tensor]:
     """Writes into `gradients`; one that is missing or whose last stride is not 1 is written elsewhere first."""
     q, k, v = innermost_contiguous(q), innermost_contiguous(k), innermost_contiguous(v)
-    for name, gradient, like in zip(("dq", "dk", "dv"), gradients, (q, k, v), strict=True):
-        if gradient is not None and (gradient.shape != like.shape or gradient.dtype != like.dtype):
-            wanted = f"must be {like.dtype} {list(like.shape)} like {name[1:]}"
-            check.fail(name, wanted, f"{gradient.dtype} {list(gradient.shape)}", "allocate it so")
+    _check_like("dout", dout, "q", q)
+    _check_like("out", out, "q", q)
+    check.tensor("softmax_lse", softmax_lse, ("batch", "heads", "seqlen") if q.dim() == 4 else ("heads", "total"))
+    for name, gradient, like in zip("qkv", gradients, (q, k, v), strict=True):
+        if gradient is not None:
+            _check_like(f"d{name}", gradient, name, like)
     written = tuple(
         gradient if gradient is not None and gradient.stride(-1) == 1 else _ops.empty_gradient(like)
         for gradient, like in zip(gradients, (q, k, v), strict=True)

@@ -57,7 +57,9 @@ def flash_attn_with_kvcache(
     The values of cache_seqlens, cache_batch_idx, cache_leftpad and block_table are checked where they lie on the CPU.
     """
     _library.require()
-    _check(q, k_cache, v_cache, k, v, cache_batch_idx, block_table, num_splits)
+    _check(q, k_cache, v_cache, k, v, cache_batch_idx, block_table)
+    if check.integer("num_splits", num_splits, "an int, 0 or positive", "pass 0") < 0:
+        check.fail("num_splits", "must be an int, 0 or positive", num_splits, "pass 0")
     with torch.no_grad():
         capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
         new = 0 if k is None else k.shape[1]
@@ -66,8 +68,8 @@ def flash_attn_with_kvcache(
         if block_table is not None:
             block_table = prepare.check_block_table(block_table, k_cache, q.shape[0], after, 0)
         rows = _cache_rows(cache_batch_idx, q.shape[0], k_cache, block_table)
-        if rotary_cos is not None:
-            local = causal or tuple(window_size) != (-1, -1)
+        if rotary_cos is not None or rotary_sin is not None:
+            local = check.window(window_size, causal) != (-1, -1)
             q, k = _rotate(q, k, rotary_cos, rotary_sin, before, local, rotary_interleaved, capacity)
         if k is not None:
             _append(k_cache, v_cache, k, v, before, rows, block_table)
@@ -88,10 +90,12 @@ def flash_attn_with_kvcache(
     return (out, softmax_lse) if return_softmax_lse else out
 
 
-def _check(q, k_cache, v_cache, k, v, cache_batch_idx, block_table, num_splits) -> None:
+def _check(q, k_cache, v_cache, k, v, cache_batch_idx, block_table) -> None:
     """Shapes, dtypes and devices of the tensors that hold rows."""
     check.paged(q, k_cache, v_cache, ("q", "k_cache", "v_cache"))
     batch = q.shape[0]
+    if block_table is not None:
+        check.tensor("block_table", block_table, ("batch", "pages"))
     if block_table is not None and cache_batch_idx is not None:
         check.fail("cache_batch_idx", "must be None with block_table", "both", "order the rows of block_table instead")
     if block_table is None and cache_batch_idx is None and k_cache.shape[0] != batch:
@@ -103,8 +107,6 @@ def _check(q, k_cache, v_cache, k, v, cache_batch_idx, block_table, num_splits) 
         check.qkv(q, k, v)
         if k.shape[2] != k_cache.shape[2]:
             check.fail("k", f"heads must be those of the cache, {k_cache.shape[2]}", k.shape[2], "check the layout")
-    if isinstance(num_splits, bool) or not isinstance(num_splits, int) or num_splits < 0:
-        check.fail("num_splits", "must be an int, 0 or positive", num_splits, "pass 0")
 
 
 def _lengths(cache_seqlens: int | Tensor | None, q: Tensor, most: int) -> Tensor | None:
@@ -119,11 +121,11 @@ def _lengths(cache_seqlens: int | Tensor | None, q: Tensor, most: int) -> Tensor
         lengths = check.int32_vector("cache_seqlens", cache_seqlens, q.device, batch)
         check.in_range("cache_seqlens", lengths, 0, most, fix)
         return lengths
-    if isinstance(cache_seqlens, bool) or not isinstance(cache_seqlens, (int, torch.SymInt)):
-        check.fail_type("cache_seqlens", "an int, an int32 tensor or None", cache_seqlens, "pass the keys in the cache")
-    if not 0 <= cache_seqlens <= most:
-        check.fail("cache_seqlens", f"must lie in [0, {most}]", cache_seqlens, fix)
-    return torch.full((batch,), cache_seqlens, dtype=torch.int32, device=q.device)
+    wanted = "an int, an int32 tensor or None"
+    length = check.integer("cache_seqlens", cache_seqlens, wanted, "pass the keys in the cache")
+    if not 0 <= length <= most:
+        check.fail("cache_seqlens", f"must lie in [0, {most}]", length, fix)
+    return torch.full((batch,), length, dtype=torch.int32, device=q.device)
 
 
 def _cache_rows(cache_batch_idx: Tensor | None, batch: int, k_cache: Tensor, block_table: Tensor | None) -> Tensor:
@@ -138,7 +140,7 @@ def _cache_rows(cache_batch_idx: Tensor | None, batch: int, k_cache: Tensor, blo
 def _rotate(
     q: Tensor,
     k: Tensor | None,
-    cos: Tensor,
+    cos: Tensor | None,
     sin: Tensor | None,
     before: Tensor | None,
     local: bool,
@@ -148,7 +150,7 @@ def _rotate(
     """Rotary position embedding of q and of the rows to append."""
     if k is None or before is None:
         check.fail("rotary_cos", "needs k, v and cache_seqlens", None, "pass the rows to append, or rotate beforehand")
-    sin = check_rotary(cos, sin, q, capacity)
+    cos, sin = _check_rotary(cos, sin, q, capacity)
     q_steps = torch.arange(q.shape[1], device=q.device) if local else q.new_zeros(q.shape[1], dtype=torch.int64)
     k_steps = torch.arange(k.shape[1], device=q.device)
     start = before.long()[:, None]
@@ -157,20 +159,12 @@ def _rotate(
     return rotate(q, cos[q_at], sin[q_at], interleaved), rotate(k, cos[k_at], sin[k_at], interleaved)
 
 
-def check_rotary(cos: Tensor, sin: Tensor | None, q: Tensor, positions: int) -> Tensor:
-    """cos and sin are [at least positions, rotary_dim / 2] with rotary_dim at most head_dim. Returns sin."""
-    if sin is None or cos.shape != sin.shape:
-        got = None if sin is None else list(sin.shape)
-        check.fail("rotary_sin", f"shape must be that of rotary_cos, {list(cos.shape)}", got, "pass both tables")
-    for name, table in (("rotary_cos", cos), ("rotary_sin", sin)):
-        check.tensor(name, table, ("seqlen_rotary", "rotary_dim / 2"))
-        if table.device != q.device:
-            check.fail(name, f"device must be that of q, {q.device}", table.device, "move it")
-        if 2 * table.shape[1] > q.shape[-1]:
-            check.fail(name, f"rotary_dim must be at most head_dim, {q.shape[-1]}", 2 * table.shape[1], "cut it")
-        if table.shape[0] < positions:
-            check.fail(name, f"must have the cache's {positions} rows", table.shape[0], "compute a longer table")
-    return sin
+def _check_rotary(cos: Any, sin: Any, q: Tensor, positions: int) -> tuple[Tensor, Tensor]:
+    """cos and sin, which are [at least positions, rotary_dim / 2] with rotary_dim at most head_dim."""
+    check.rotary_tables(cos, sin, q, ("rotary_cos", "rotary_sin"))
+    if cos.shape[0] < positions:
+        check.fail("rotary_cos", f"must have the cache's {positions} rows", cos.shape[0], "compute a longer table")
+    return cos, sin
 
 
 def _append(

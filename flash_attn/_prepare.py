@@ -89,7 +89,8 @@ def gather_pages(cache: Tensor, block_table: Tensor, seqlen: int) -> Tensor:
 
 
 def check_block_table(block_table: Any, k: Tensor, batch: int, lengths: Tensor | None, longest: int) -> Tensor:
-    """block_table, int32 [batch, pages], with pages enough for `longest` keys and used entries in range."""
+    """block_table, int32 [batch, pages], with pages enough for `longest` keys and used entries (all without lengths)
+    in range."""
     check.tensor("block_table", block_table, ("batch", "pages"))
     if block_table.dtype != torch.int32:
         check.fail("block_table", "dtype must be torch.int32", block_table.dtype, "convert with .int()")
@@ -101,9 +102,9 @@ def check_block_table(block_table: Any, k: Tensor, batch: int, lengths: Tensor |
     if longest > block_table.shape[1] * page_size:
         wanted = f"must have pages for {longest} keys, {-(-longest // page_size)} pages of {page_size}"
         check.fail("block_table", wanted, f"{block_table.shape[1]} pages", "add columns")
-    if lengths is not None and check.values_are_readable(block_table):
+    if check.values_are_readable(block_table):
         first_key = torch.arange(block_table.shape[1], device=block_table.device) * page_size
-        used = block_table[first_key[None, :] < lengths[:, None]]
+        used = block_table if lengths is None else block_table[first_key[None, :] < lengths[:, None]]
         check.in_range("block_table", used, 0, k.shape[0] - 1, "point at existing pages")
     return block_table
 

@@ -29,7 +29,7 @@ class FlashAttention(nn.Module):
     ):
         super().__init__()
         self.softmax_scale = softmax_scale
-        self.dropout_p = attention_dropout
+        self.dropout_p = check.dropout(attention_dropout)
 
     def forward(
         self,

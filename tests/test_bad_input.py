@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from helpers import cumulative, random_qkv
@@ -15,6 +16,10 @@ from flash_attn import (
     flash_attn_with_kvcache,
     modes,
 )
+from flash_attn.flash_attention import FlashAttention
+from flash_attn.flash_attn_interface import _flash_attn_backward, flash_attn_gpu
+from flash_attn.modules import MHA, FlashAttentionLayer
+from flash_attn.ops.triton.rotary import apply_rotary
 
 Q = torch.zeros(2, 5, 4, 8)
 SLOPES = torch.zeros(4)
@@ -39,6 +44,7 @@ PADDED = {
     "dropout_p: must be a number, got NoneType": {"dropout_p": None},
     "softmax_scale: must be finite, got inf": {"softmax_scale": float("inf")},
     "softmax_scale: must be a number, got str": {"softmax_scale": "1"},
+    "softmax_scale: must be a number, got a tensor of shape [2]": {"softmax_scale": torch.ones(2)},
     "softcap: must be 0 (off) or positive, got -1.0": {"softcap": -1.0},
     "window_size: must be a pair (left, right), got int": {"window_size": 3},
     "window_size left: must be -1 (no bound) or at least 0, got -2": {"window_size": (-2, 0)},
@@ -156,6 +162,21 @@ CACHE = {
         "v": Q[:, :1],
         "cache_seqlens": 2,
     },
+    "rotary_cos: must be a torch.Tensor, got NoneType": {
+        "rotary_sin": torch.zeros(9, 4),
+        "k": Q[:, :1],
+        "v": Q[:, :1],
+        "cache_seqlens": 2,
+    },
+    "rotary_sin: dtype must be floating, got torch.int64": {
+        "rotary_cos": torch.zeros(9, 4),
+        "rotary_sin": torch.zeros(9, 4, dtype=torch.int64),
+        "k": Q[:, :1],
+        "v": Q[:, :1],
+        "cache_seqlens": 2,
+    },
+    "block_table: must have 2 dimensions [batch, pages], got shape [2]": {"block_table": TABLE[:, 0]},
+    "block_table: entries must lie in [0, 1], got [2, 3]": {"block_table": TABLE[1:].expand(2, -1)},
     "num_splits: must be an int, 0 or positive, got -1": {"num_splits": -1},
 }
 
@@ -168,11 +189,102 @@ def test_cache(message):
         flash_attn_with_kvcache(**arguments)
 
 
+def test_numbers_of_numpy_are_numbers():
+    arguments = {"cu_seqlens_q": AT, "cu_seqlens_k": AT, "max_seqlen_k": 3}
+    got = flash_attn_varlen_func(
+        ROWS,
+        ROWS,
+        ROWS,
+        **arguments,
+        max_seqlen_q=np.int64(3),
+        softmax_scale=np.float32(0.5),
+        window_size=(np.int32(1), 0),
+    )
+    expected = flash_attn_varlen_func(
+        ROWS, ROWS, ROWS, **arguments, max_seqlen_q=3, softmax_scale=0.5, window_size=(1, 0)
+    )
+    assert torch.equal(got, expected)
+
+
 def test_packed_layouts():
     with pytest.raises(ValueError, match=re.escape("qkv: dimension -3 must be 3, got shape [2, 5, 2, 4, 8]")):
         flash_attn_qkvpacked_func(torch.zeros(2, 5, 2, 4, 8))
     with pytest.raises(ValueError, match="kv: must have 5 dimensions"):
         flash_attn_kvpacked_func(Q, Q)
+
+
+PLACE = torch.zeros(2, 5, 4, 8)
+LSE = torch.zeros(2, 4, 5)
+LOW_LEVEL_FORWARD = {
+    "out: must be torch.float32 [2, 5, 4, 8] on cpu like q, got torch.float16 [2, 5, 4, 8] on cpu": {
+        "out": PLACE.half()
+    },
+    "out: must be torch.float32 [2, 5, 4, 8] on cpu like q, got torch.float32 [3, 2, 5, 4, 8] on cpu": {
+        "out": PLACE.expand(3, -1, -1, -1, -1)
+    },
+}
+
+
+@pytest.mark.parametrize("message", LOW_LEVEL_FORWARD)
+def test_low_level_forward(message):
+    settings = (0.0, 0.2, False, -1, -1, 0.0, False, None)
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        flash_attn_gpu.fwd(Q, Q, Q, LOW_LEVEL_FORWARD[message]["out"], None, *settings)
+
+
+LOW_LEVEL_BACKWARD = {
+    "dout: must be a torch.Tensor, got NoneType": {"dout": None},
+    "dout: must be torch.float32 [2, 5, 4, 8] on cpu like q, got torch.float32 [2, 4, 4, 8]": {"dout": Q[:, :4]},
+    "out: must be torch.float32 [2, 5, 4, 8] on cpu like q, got torch.float16 [2, 5, 4, 8]": {"out": Q.half()},
+    "softmax_lse: must be a torch.Tensor, got NoneType": {"softmax_lse": None},
+    "softmax_lse: must have 3 dimensions [batch, heads, seqlen], got shape [4, 5]": {"softmax_lse": LSE[0]},
+    "dq: must be a torch.Tensor, got list": {"dq": [1.0]},
+    "dk: must be torch.float32 [2, 5, 4, 8] on cpu like k, got torch.float32 [2, 5, 4, 8] on meta": {
+        "dk": Q.to("meta")
+    },
+    "rng_state: must be what the forward returned when dropout_p > 0, got None": {"dropout_p": 0.1},
+}
+
+
+@pytest.mark.parametrize("message", LOW_LEVEL_BACKWARD)
+def test_low_level_backward(message):
+    tensors = {"dout": Q, "q": Q, "k": Q, "v": Q, "out": Q, "softmax_lse": LSE, "dq": None, "dk": None, "dv": None}
+    settings = {
+        "dropout_p": 0.0,
+        "softmax_scale": 0.2,
+        "causal": False,
+        "window_size_left": -1,
+        "window_size_right": -1,
+    }
+    others = {"softcap": 0.0, "alibi_slopes": None, "deterministic": False}
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        _flash_attn_backward(**(tensors | settings | others | LOW_LEVEL_BACKWARD[message]))
+
+
+X, ANGLES = torch.zeros(2, 5, 32), torch.zeros(9, 4)
+MODULES = {
+    "hidden_states: last dimension must be hidden_size, 32, got 31": lambda: FlashAttentionLayer(32, 4)(X[..., :31]),
+    "attention_mask: must be a torch.Tensor or None, got list": lambda: FlashAttentionLayer(32, 4)(X, [[1] * 5] * 2),
+    "x_kv: must be None without cross_attn": lambda: MHA(32, 4)(X, x_kv=X),
+    "dropout_p: must be at least 0 and below 1, got 1.5": lambda: FlashAttention(attention_dropout=1.5),
+    "cos: device must be that of the rotated tensor, cpu, got meta": lambda: apply_rotary(
+        Q, ANGLES.to("meta"), ANGLES.to("meta")
+    ),
+    "cos: rotary_dim must be at most head_dim, 8, got 10": lambda: apply_rotary(
+        Q, torch.zeros(9, 5), torch.zeros(9, 5)
+    ),
+    "sin: shape must be that of cos, [9, 4], got [8, 4]": lambda: apply_rotary(Q, ANGLES, ANGLES[:8]),
+    "seqlen_offsets: must be an int or a tensor of ints, got float": lambda: apply_rotary(Q, ANGLES, ANGLES, 1.0),
+    "seqlen_offsets: must hold ints of shape [2], got torch.int64 [3]": lambda: apply_rotary(
+        Q, ANGLES, ANGLES, torch.zeros(3, dtype=torch.int64)
+    ),
+}
+
+
+@pytest.mark.parametrize("message", MODULES)
+def test_modules(message):
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        MODULES[message]()
 
 
 def test_float64_on_a_gpu(cuda_only):

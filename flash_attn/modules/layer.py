@@ -66,6 +66,11 @@ class FlashAttentionLayer(nn.Module):
             out like hidden_states, or (out, attention [batch, num_heads, seq, seq]).
         """
         check.tensor("hidden_states", hidden_states, ("batch", "seq", "hidden_size"))
+        if hidden_states.shape[-1] != self.hidden_size:
+            wanted = f"last dimension must be hidden_size, {self.hidden_size}"
+            check.fail("hidden_states", wanted, hidden_states.shape[-1], "build the layer for it")
+        if attention_mask is not None and not isinstance(attention_mask, Tensor):
+            check.fail_type("attention_mask", "a torch.Tensor or None", attention_mask, "pass a bool or int tensor")
         qkv = self.qkv_proj(hidden_states).unflatten(-1, (3, self.num_heads, self.head_dim))
         if not return_attention and (attention_mask is None or attention_mask.dim() == 2):
             return self.out_proj(self._fast(qkv, attention_mask).flatten(-2))

@@ -195,13 +195,15 @@ class MHA(nn.Module):
 
         Args:
             x: [batch, seq, embed_dim], or packed [total, embed_dim] with cu_seqlens and max_seqlen.
-            x_kv: [batch, seq_kv, embed_dim] for cross-attention; default x.
+            x_kv: [batch, seq_kv, embed_dim] for cross-attention only; default x.
             key_padding_mask: must be None; pack the rows instead (`flash_attn.bert_padding`).
             inference_params: an object with key_value_memory_dict, seqlen_offset, max_seqlen, max_batch_size and
                 optionally lengths_per_sample (int32 [batch]): appends to the cache and attends to all of it.
         """
         if key_padding_mask is not None:
             check.fail("key_padding_mask", "must be None", "a mask", "pack rows with flash_attn.bert_padding")
+        if x_kv is not None and not self.cross_attn:
+            check.fail("x_kv", "must be None without cross_attn", "a tensor", "pass cross_attn=True to the constructor")
         if cu_seqlens is not None and (self.cross_attn or self.rotary_emb_dim > 0 or inference_params is not None):
             wanted = "must be None with cross-attention, rotary embedding or a cache"
             check.fail("cu_seqlens", wanted, "a tensor", "use padded rows")

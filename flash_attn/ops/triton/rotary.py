@@ -55,12 +55,8 @@ def apply_rotary(
         ValueError: the tables are too short (where that can be seen without a synchronisation) or do not fit x.
     """
     check.tensor("x", x, ("batch", "seqlen", "heads", "head_dim") if cu_seqlens is None else ("total", "heads", "dim"))
-    for name, table in (("cos", cos), ("sin", sin)):
-        check.tensor(name, table, ("seqlen_rotary", "rotary_dim / 2"))
-    if cos.shape != sin.shape:
-        check.fail("sin", f"shape must be that of cos, {list(cos.shape)}", list(sin.shape), "pass both tables")
-    if 2 * cos.shape[1] > x.shape[-1]:
-        check.fail("cos", f"rotary_dim must be at most head_dim, {x.shape[-1]}", 2 * cos.shape[1], "cut the table")
+    check.rotary_tables(cos, sin, x)
+    _check_offsets(seqlen_offsets, x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
     if cu_seqlens is None and isinstance(seqlen_offsets, int):
         end = seqlen_offsets + x.shape[1]
         if seqlen_offsets < 0 or end > cos.shape[0]:
@@ -72,6 +68,15 @@ def apply_rotary(
         cos, sin = cos[position], sin[position]
     rotated = rotate(x, cos, -sin if conjugate else sin, interleaved)
     return x.copy_(rotated) if inplace else rotated
+
+
+def _check_offsets(offsets: int | Tensor, batch: int) -> None:
+    """An int, or a tensor of ints [batch]."""
+    if not isinstance(offsets, Tensor):
+        check.integer("seqlen_offsets", offsets, "an int or a tensor of ints", "pass the first rows' positions")
+    elif offsets.is_floating_point() or tuple(offsets.shape) != (batch,):
+        got = f"{offsets.dtype} {list(offsets.shape)}"
+        check.fail("seqlen_offsets", f"must hold ints of shape [{batch}]", got, "one position for each sequence")
 
 
 def _positions(x: Tensor, seqlen_offsets: int | Tensor, cu_seqlens: Tensor | None) -> Tensor:
