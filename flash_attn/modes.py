@@ -85,19 +85,27 @@ def deterministic_mode(enabled: bool = True, split_size: int | None = None) -> I
         set_deterministic_mode(*former)
 
 
+def _is_set(variable: str) -> bool:
+    """Whether a variable is 1. Whoever writes `true` means something, and must not be passed over in silence."""
+    value = os.environ.get(variable, "0")
+    if value not in ("", "0", "1"):
+        raise ValueError(f"{variable}: must be 0 or 1, got {value!r} (set it to 1 to switch the mode on)")
+    return value == "1"
+
+
 def is_deterministic(requested: bool = False) -> bool:
     """Whether the backward must be deterministic: argument, mode or environment."""
-    return requested or _enabled or os.environ.get(DETERMINISTIC_VARIABLE, "0") == "1"
+    return requested or _enabled or _is_set(DETERMINISTIC_VARIABLE)
 
 
 def is_performance_mode() -> bool:
     """Whether 16-bit data is multiplied in bf16 and narrowed toward zero (no effect where rounding costs nothing)."""
-    return os.environ.get(PERFORMANCE_VARIABLE, "0") == "1"
+    return _is_set(PERFORMANCE_VARIABLE)
 
 
 def is_debug() -> bool:
     """Whether values on the device are checked too, at the price of a synchronisation for each call."""
-    return os.environ.get(DEBUG_VARIABLE, "0") == "1"
+    return _is_set(DEBUG_VARIABLE)
 
 
 @torch.compiler.assume_constant_result

@@ -181,6 +181,12 @@ def test_unusable_devices_are_refused():
             main(["bench", "--device", "cuda"])
 
 
+def test_info_with_a_variable_that_is_not_understood(monkeypatch, capsys):
+    monkeypatch.setenv(modes.DETERMINISTIC_VARIABLE, "on")
+    assert main(["info"]) == 1
+    assert f"{modes.DETERMINISTIC_VARIABLE}: must be 0 or 1, got 'on'" in capsys.readouterr().out
+
+
 def test_unknown_device_is_refused(capsys):
     with pytest.raises(SystemExit):
         main(["verify", "--device", "gpu0"])

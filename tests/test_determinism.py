@@ -181,6 +181,23 @@ def test_every_switch_reaches_the_backward(monkeypatch, how):
     assert seen == [False, True]
 
 
+VARIABLES = {
+    modes.DETERMINISTIC_VARIABLE: modes.is_deterministic,
+    modes.PERFORMANCE_VARIABLE: modes.is_performance_mode,
+    modes.DEBUG_VARIABLE: modes.is_debug,
+}
+
+
+@pytest.mark.parametrize("variable", VARIABLES)
+def test_variables_are_0_or_1(monkeypatch, variable):
+    for value in ("", "0", "1"):
+        monkeypatch.setenv(variable, value)
+        assert VARIABLES[variable]() is (value == "1")
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(ValueError, match=f"{variable}: must be 0 or 1, got 'true'"):
+        VARIABLES[variable]()
+
+
 def test_mode_is_kept_and_restored():
     assert flash_attn.get_deterministic_mode() == (False, None)
     with deterministic_mode(True, 256):

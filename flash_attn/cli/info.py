@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(_: argparse.Namespace) -> int:
-    """Prints; 1 where the compiled library cannot be used."""
+    """Prints; 1 where the compiled library cannot be used, or a mode's variable is not understood."""
     line("flash_attn", f"{__version__} in {Path(__file__).resolve().parents[1]}")
     line("torch", f"{torch.__version__}, Python {platform.python_version()}, {platform.machine()}")
     try:
@@ -39,7 +39,11 @@ def run(_: argparse.Namespace) -> int:
         return 1
     show_build(devices.build_info())
     backends = show_devices()
-    show_modes(backends, os.environ, devices.build_info()["rtz"])
+    try:
+        show_modes(backends, os.environ, devices.build_info()["rtz"])
+    except ValueError as error:  # a variable is set to nonsense
+        print(error)
+        return 1
     return 0
 
 
