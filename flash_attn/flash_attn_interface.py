@@ -377,8 +377,12 @@ def flash_attn_unpadded_qkvpacked_split_func(
     longest0 = check.max_seqlen("max_seqlen0", max_seqlen0)
     longest1 = check.max_seqlen("max_seqlen1", max_seqlen1)
     batch = check.int32_vector("cu_seqlens", cu_seqlens, qkv.device).shape[0] - 1
+    batch_size0 = check.integer("batch_size0", batch_size0, "an int", "count the first part")
     if not 0 <= batch_size0 <= batch:
         check.fail("batch_size0", f"must lie between 0 and the batch, {batch}", batch_size0, "count the first part")
+    ends0, ends1 = cu_seqlens[: batch_size0 + 1], cu_seqlens[batch_size0:]
+    check.cu_seqlens("cu_seqlens of the first part", ends0, qkv.device, None, longest0)
+    check.cu_seqlens("cu_seqlens of the second part", ends1 - ends1[:1], qkv.device, None, longest1)
     result = flash_attn_varlen_qkvpacked_func(
         qkv,
         cu_seqlens,

@@ -12,6 +12,7 @@ from flash_attn import (
     flash_attn_func,
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
+    flash_attn_unpadded_qkvpacked_split_func,
     flash_attn_varlen_func,
     flash_attn_with_kvcache,
     modes,
@@ -204,6 +205,21 @@ def test_numbers_of_numpy_are_numbers():
         ROWS, ROWS, ROWS, **arguments, max_seqlen_q=3, softmax_scale=0.5, window_size=(1, 0)
     )
     assert torch.equal(got, expected)
+
+
+SPLIT = {
+    "batch_size0: must be an int, got float": (3, 2, 1.0),
+    "batch_size0: must lie between 0 and the batch, 2, got 3": (3, 2, 3),
+    "max_seqlen of cu_seqlens of the first part: must be at least the longest sequence, 3, got 2": (2, 3, 1),
+    "max_seqlen of cu_seqlens of the second part: must be at least the longest sequence, 2, got 1": (3, 1, 1),
+}
+
+
+@pytest.mark.parametrize("message", SPLIT)
+def test_split_batch(message):
+    qkv = torch.zeros(5, 3, 4, 8)
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        flash_attn_unpadded_qkvpacked_split_func(qkv, AT, *SPLIT[message], 0.0)
 
 
 def test_packed_layouts():
