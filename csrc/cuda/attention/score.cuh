@@ -35,9 +35,8 @@ class ScoreModifier {
     const AttentionParams& p = reread(p_);
     const Scalar softcap = p.softcap;
     if (softcap > 0) {
-      const Scalar scale = uniform(scale_ / softcap);
       Scores::for_each([&](int, int, int, int reg) {
-        const Scalar t = tanh_of(scores[reg] * scale);
+        const Scalar t = tanh_of(scores[reg] * scale_ * reciprocal(softcap));
         differentiate(reg, Scalar(1) - t * t);
         scores[reg] = softcap * t;
       });
