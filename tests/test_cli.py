@@ -300,6 +300,14 @@ def test_visited_blocks(length, window_size, causal):
     assert bench_features.visited_blocks(length, causal, window_size) == sum(bool(tile.any()) for tile in tiles)
 
 
+def test_bench_refuses_to_load_what_is_no_result(tmp_path):
+    broken = tmp_path / "broken.json"
+    broken.write_text("{")
+    for file in (broken, tmp_path / "missing.json"):
+        with pytest.raises(SystemExit, match=f"--load: .*{file.name} cannot be read"):
+            main(["bench", "--load", str(file)])
+
+
 def test_plot_without_matplotlib_fails_before_measuring(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(measure, "time_calls", lambda *_: pytest.fail("measured"))

@@ -96,7 +96,10 @@ def run(options: argparse.Namespace) -> int:
     if options.plot is not None:
         plot.require()
     if options.load is not None:
-        results = {**NO_TABLES, **json.loads(options.load.read_text())}
+        try:
+            results = {**NO_TABLES, **json.loads(options.load.read_text())}
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"--load: {options.load} cannot be read ({error})") from None
         show(results)
     else:
         results = measure_tables(options, devices.choose(options.device))
