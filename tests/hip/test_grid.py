@@ -1,10 +1,12 @@
-"""What test_kernels.py tests at one head dimension, at the others: the long part of `make test-hip`."""
+"""What the other files test at one head dimension, at the others: the long part of `make test-hip`."""
 
 import pytest
 import test_kernels
 from emulator import DTYPES
 from helpers import FEATURES, feature, longest, random_packed, random_qkv
 from test_kernels import check
+from test_performance_kernels import BITS_16, run  # noqa: F401
+from test_performance_kernels import check as check_performance
 
 pytestmark = pytest.mark.grid
 FLOATS = pytest.mark.parametrize("dtype", list(DTYPES), ids=DTYPES.values())
@@ -17,6 +19,14 @@ def test_features(emulator, dtype, dim, name):
     """Two blocks of queries and several of keys, the last ones partly filled; grouped heads."""
     q, k, v = random_qkv("cpu", dtype, batch=1, seqlen_q=139, seqlen_k=150, heads_q=2, heads_kv=1, dim=dim)
     check(emulator, q, k, v, **feature(name, q))
+
+
+@BITS_16
+@pytest.mark.parametrize("dim", [32, 96, 128, 192, 256])
+@pytest.mark.parametrize("name", FEATURES)
+def test_features_in_the_performance_mode(run, dtype, dim, name):  # noqa: F811
+    q, k, v = random_qkv("cpu", dtype, batch=1, seqlen_q=70, seqlen_k=90, heads_q=2, heads_kv=1, dim=dim)
+    check_performance(run, q, k, v, **feature(name, q))
 
 
 @FLOATS
