@@ -49,17 +49,8 @@ struct Backward {
 
   static int64_t blocks(const Params& p) { return int64_t(ceil_div(p.seqlen_k, kN)) * p.heads_kv * p.batch; }
 
-  struct Work {
-    int key_begin, kv_head, batch;
-
-    FA_DEVICE Work(const Params& p, uint32_t block) {
-      const int key_blocks = ceil_div(p.seqlen_k, kN);
-      const HeadItem item(block, key_blocks, p.heads_kv, p.batch, p.head_group);
-      key_begin = (p.deterministic ? key_blocks - 1 - item.item : item.item) * kN;
-      kv_head = item.head;
-      batch = item.batch;
-    }
-  };
+  using Work = BackwardWork<kN>;
+  using Walk = QueryWalk<kM, kN>;
 
   const Params& p;
   Work work;
@@ -95,8 +86,8 @@ struct Backward {
         seq(p, work.batch),
         mask(p, seq),
         group(p.heads_q / p.heads_kv),
-        query_begin(uniform(mask.queries_begin(work.key_begin) / kM * kM)),
-        query_steps(uniform(steps())),
+        query_begin(uniform(Walk(mask, work.key_begin).begin)),
+        query_steps(uniform(Walk(mask, work.key_begin).steps)),
         shared(shared),
         k_tile(shared),
         v_tile(shared + KTile::kBytes),
@@ -105,13 +96,6 @@ struct Backward {
 
   // Rows that do not allow 16-byte access take the modified instance.
   FA_DEVICE bool aligned() const { return !kModified || reread(p).aligned; }
-
-  FA_DEVICE int steps() const {
-    const int key_end = min_int(work.key_begin + kN, seq.len_k);
-    if (work.key_begin >= key_end) return 0;
-    const int begin = mask.queries_begin(work.key_begin) / kM * kM;
-    return max_int(0, ceil_div(mask.queries_end(key_end) - begin, kM));
-  }
 
   // The position in the walk: heads of the group in turn, each from its first visible query block.
   struct Step {
@@ -202,16 +186,10 @@ struct Backward {
     QueryGradient dq;
     dq.fill(Scalar(0));
     A::multiply_nn(dq, ds_tile, k_tile);
-    if (p.deterministic) A::wait_turn(p.dq_turn + block, blocks_before(step.query), turn);
+    if (p.deterministic) A::wait_turn(p.dq_turn + block, Walk::blocks_before(mask, work.key_begin, step.query), turn);
     A::accumulate(dq, static_cast<Scalar*>(p.dq_accum) + int64_t(block) * (kM * kD));
     A::multiply_tn(dk, ds_tile, q);
     if (p.deterministic) A::pass_turn(p.dq_turn + block);  // by now the additions have landed: nobody waits for them
-  }
-
-  // How many blocks add to these queries' dQ before this one: those with later keys that the queries see.
-  FA_DEVICE int blocks_before(int query) const {
-    const int last = (mask.keys_end(min_int(query + kM, seq.len_q)) - 1) / kN;
-    return last - work.key_begin / kN;
   }
 
   FA_DEVICE void load_rows(const Step& step, Rows& negated_lse, Rows& delta) {
