@@ -112,8 +112,7 @@ bool stash_fits(const KernelInfo& kernel, const Queue& queue) {
 const KernelInfo& forward_kernel(const ForwardParams& p, const Queue& queue) {
   const bool modified = is_modified(p) || p.s_dmask != nullptr, performance = in_performance_mode(p, queue);
   const KernelInfo& kernel = find(queue, KernelKind::kForward, p.dtype, p.head_dim, modified, performance);
-  const bool may_fold = p.split_size > 0 && p.num_splits <= 1 && p.seqlen_k > p.split_size;
-  if (modified || !may_fold || stash_fits(kernel, queue)) return kernel;
+  if (modified || !may_fold(p) || stash_fits(kernel, queue)) return kernel;
   const KernelInfo& other = find(queue, KernelKind::kForward, p.dtype, p.head_dim, true, performance);  // the same bits
   return stash_fits(other, queue) ? other : kernel;
 }
@@ -266,8 +265,7 @@ void forward(ForwardParams p, void* workspace, const Queue& queue) {
     p.tiles_taken = static_cast<uint32_t*>(workspace);
     check(cudaMemsetAsync(workspace, 0, bytes, static_cast<cudaStream_t>(queue.stream)), "clearing a counter");
   }
-  const bool may_fold = p.split_size > 0 && p.seqlen_k > p.split_size;
-  launch(kernel, p, queue, may_fold ? kernel.stash_bytes : 0);
+  launch(kernel, p, queue, may_fold(p) ? kernel.stash_bytes : 0);
 }
 
 // ---- backward ------------------------------------------------------------------------------------------------------

@@ -138,6 +138,11 @@ struct ForwardWork {
   }
 };
 
+// Whether a block's rows may have several chunks, which it folds as it goes; it then has a stash.
+FA_HOST_DEVICE bool may_fold(const ForwardParams& p) {
+  return p.split_size > 0 && p.num_splits == 1 && p.seqlen_k > p.split_size;
+}
+
 // Keys [begin, end) of such a block; begin is a multiple of block_n.
 struct VisibleKeys {
   int begin, end;

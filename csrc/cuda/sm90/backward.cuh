@@ -218,9 +218,6 @@ struct Backward {
     wait_reduced<false>();
   }
 
-  static FA_DEVICE int warpgroup() { return int(threadIdx.x) / 128; }
-  static FA_DEVICE bool first_lane() { return threadIdx.x % 32 == 0; }
-
   FA_DEVICE void compute(int steps) {
     KeyGradient dk, dv;
     dk.fill(0);
@@ -229,14 +226,15 @@ struct Backward {
       // Rows behind a sequence's last may be another's, or hold anything: 0 * NaN is NaN.
       const bool foreign = p.cu_seqlens_q != nullptr || p.seqused_k != nullptr;
       barriers.keys_full.wait(0);
-      if (foreign && seq.len_k - work.key_begin < kN) clear_rows(0, kKPanel, seq.len_k - work.key_begin);
+      if (foreign && seq.len_k - work.key_begin < kN) clear_rows<kPanels>(shared, kKPanel, seq.len_k - work.key_begin);
       Step step(work.kv_head * group);
       for (int i = 0; i < steps; ++i, step.next(walk.steps)) {
         const int query = walk.query(step.index);
         barriers.full[step.stage].wait(step.phase);
         if (foreign && seq.len_q - query < kM) {
-          clear_rows(kQAt + step.stage * 2 * kQBytes, kQPanel, seq.len_q - query);
-          clear_rows(kQAt + step.stage * 2 * kQBytes + kQBytes, kQPanel, seq.len_q - query);
+          char* const q = shared + kQAt + step.stage * 2 * kQBytes;
+          clear_rows<kPanels>(q, kQPanel, seq.len_q - query);
+          clear_rows<kPanels>(q + kQBytes, kQPanel, seq.len_q - query);
         }
         if (mask.all_visible(query, query + kM, work.key_begin, work.key_begin + kN)) {
           visit<false>(step.stage, query, i, dk, dv);
@@ -323,27 +321,12 @@ struct Backward {
 
   // c = rows x queries^T, for this warpgroup's 64 of the 128 rows.
   FA_DEVICE void multiply_transposed(Scores& c, uint32_t rows, uint32_t queries) {
-    const uint64_t a = descriptor(rows + warpgroup() * 64 * 128, 0), b = descriptor(queries, 0);
-    FA_UNROLL
-    for (int step = 0; step < D / 16; ++step) {
-      Wgmma<kM>::template shared<T, false, false>(c.value, advance(a, step / 4 * kKPanel + step % 4 * 32),
-                                                  advance(b, step / 4 * kQPanel + step % 4 * 32), step > 0);
-    }
-    wgmma_commit();
+    multiply_panels<T, kM, D>(c.value, rows + warpgroup() * 64 * 128, kKPanel, queries, kQPanel);
   }
 
   // c += a x queries
   FA_DEVICE void multiply_rows(KeyGradient& c, Factor& a, uint32_t queries) {
-    const uint64_t b = descriptor(queries, kQPanel);
-    hold(c.value);
-    FA_UNROLL
-    for (int step = 0; step < kM / 16; ++step) hold(a.value[0][step]);
-    wgmma_fence();
-    FA_UNROLL
-    for (int step = 0; step < kM / 16; ++step) {
-      Wgmma<D>::template registers<T, true>(c.value, a.value[0][step], advance(b, step * 16 * 128));
-    }
-    wgmma_commit();
+    multiply_registers<T, D, kM>(c.value, a.value[0], queries, kQPanel);
   }
 
   // dQ = dS K: the warpgroups share out the rows, or where there are only 64, the columns.
@@ -383,17 +366,6 @@ struct Backward {
     Scores::for_each([&](int slot, int, int col, int reg) {
       if (col - lane_col < begin[slot] || col - lane_col >= end[slot]) scores[reg] = 0;
     });
-  }
-
-  // Zeros in a tile, from row `begin` on. Every warpgroup clears for itself.
-  FA_DEVICE void clear_rows(int tile, int panel_bytes, int begin) {
-    for (int panel = 0; panel < kPanels; ++panel) {
-      for (int at = begin * 128 + int(threadIdx.x) % 128 * 16; at < panel_bytes; at += 128 * 16) {
-        *reinterpret_cast<uint4*>(shared + tile + panel * panel_bytes + at) = uint4{};
-      }
-    }
-    fence_async_proxy();
-    sync_named(2 + warpgroup(), 128);
   }
 
   FA_DEVICE void write(KeyGradient& gradient, const TensorRef& dst, float scale) {

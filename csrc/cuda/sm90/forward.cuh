@@ -109,9 +109,6 @@ struct Forward {
     }
   }
 
-  // Whether rows may have several chunks; then there is a stash.
-  FA_DEVICE bool may_fold() const { return p.split_size > 0 && p.num_splits == 1 && p.seqlen_k > p.split_size; }
-
   // What is to be done next. The producer works it out, ahead of those who compute.
   struct Tile {
     Work work;
@@ -204,9 +201,6 @@ struct Forward {
     static FA_DEVICE int lane() { return int(threadIdx.x); }
   };
 
-  static FA_DEVICE int group() { return int(threadIdx.x) / 128; }
-  static FA_DEVICE bool first_lane() { return threadIdx.x % 32 == 0; }
-
   // What a warpgroup carries along a tile's keys.
   struct State {
     Output output;
@@ -225,7 +219,7 @@ struct Forward {
       state.softmax.clear();
       state.output.fill(0);
       if (now.has_keys()) {
-        const bool folds = may_fold() && now.keys.begin / p.split_size != (now.keys.end - 1) / p.split_size;
+        const bool folds = may_fold(p) && now.keys.begin / p.split_size != (now.keys.end - 1) / p.split_size;
         begin(now, state);
         walk(now, folds, state);
         end(now, folds, state);
@@ -260,7 +254,9 @@ struct Forward {
     barriers.v_full[place.stage].wait(place.phase);
     const bool foreign = p.cu_seqlens_q != nullptr || p.seqused_k != nullptr;
     const int keys = now.seq.len_k - (now.keys.end - 1) / kN * kN;
-    if (foreign && keys < kN) clear_values(place.stage, keys);
+    if (foreign && keys < kN) {
+      clear_rows<kPanels>(shared + kQBytes + place.stage * 2 * kKBytes + kKBytes, kKPanel, keys);
+    }
   }
 
   // The last block's values.
@@ -346,29 +342,14 @@ struct Forward {
 
   // scores = Q K^T
   FA_DEVICE void multiply_scores(Scores& scores, int stage) {
-    const uint64_t q = descriptor(q_address() + group() * 64 * 128, 0), k = descriptor(k_address(stage), 0);
     hold(scores.value);
     wgmma_fence();
-    FA_UNROLL
-    for (int step = 0; step < D / 16; ++step) {
-      Wgmma<kN>::template shared<T, false, false>(scores.value, advance(q, step / 4 * kQPanel + step % 4 * 32),
-                                                  advance(k, step / 4 * kKPanel + step % 4 * 32), step > 0);
-    }
-    wgmma_commit();
+    multiply_panels<T, kN, D>(scores.value, q_address() + warpgroup() * 64 * 128, kQPanel, k_address(stage), kKPanel);
   }
 
   // output += P V
   FA_DEVICE void multiply_values(Output& output, Probabilities& probabilities, int stage) {
-    const uint64_t v = descriptor(v_address(stage), kKPanel);
-    hold(output.value);
-    FA_UNROLL
-    for (int step = 0; step < kN / 16; ++step) hold(probabilities.value[0][step]);
-    wgmma_fence();
-    FA_UNROLL
-    for (int step = 0; step < kN / 16; ++step) {
-      Wgmma<D>::template registers<T, true>(output.value, probabilities.value[0][step], advance(v, step * 16 * 128));
-    }
-    wgmma_commit();
+    multiply_registers<T, D, kN>(output.value, probabilities.value[0], v_address(stage), kKPanel);
   }
 
   // Ends are relative to a lane's first column: one comparison with a constant for each element.
@@ -388,18 +369,6 @@ struct Forward {
         if (col - lane_col >= end[slot]) scores[reg] = -infinity<float>();
       });
     }
-  }
-
-  // Zeros in a block of values, from row `begin` on. Every warpgroup clears for itself, before it multiplies.
-  FA_DEVICE void clear_values(int stage, int begin) {
-    char* values = shared + kQBytes + stage * 2 * kKBytes + kKBytes;
-    for (int panel = 0; panel < kPanels; ++panel) {
-      for (int at = begin * 128 + int(threadIdx.x) % 128 * 16; at < kKPanel; at += 128 * 16) {
-        *reinterpret_cast<uint4*>(values + panel * kKPanel + at) = uint4{};
-      }
-    }
-    fence_async_proxy();
-    sync_named(1 + group(), 128);
   }
 
   // The running fold of chunks: each warp has its part of the memory, in which its rows are turned later.
@@ -460,7 +429,7 @@ struct Forward {
     if (p.num_splits > 1) return write_partial(p, work, rows, softmax, output);
     normalise(p, work, tile.seq, rows, 1.0f, softmax, output);
     const int row = int(threadIdx.x) / 32 * 16;
-    char* const room = this->room(may_fold() ? kStash : kOutBytes);
+    char* const room = this->room(may_fold(p) ? kStash : kOutBytes);
     T* out = head_rows<T>(p.out, work.batch, work.head, tile.seq.first_q + work.query_begin + row);
     write_rows<T, kOutCols>(output.value, room, 16 * 128, out, p.out.row_stride, rows - row, p.head_dim);
     if constexpr (D > kOutCols) {

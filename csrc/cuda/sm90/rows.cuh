@@ -2,6 +2,8 @@
 #pragma once
 
 #include "../sm80/ptx.cuh"
+#include "tma.cuh"
+#include "wgmma.cuh"
 
 namespace flash_attn {
 namespace sm90 {
@@ -46,6 +48,18 @@ FA_DEVICE void write_rows(const float* value, char* scratch, int panel_bytes, T*
       }
     }
   }
+}
+
+// Zeros in a tile of panels of 128-byte rows, from row `begin` on. Every warpgroup clears for itself.
+template <int PANELS>
+FA_DEVICE void clear_rows(char* tile, int panel_bytes, int begin) {
+  for (int panel = 0; panel < PANELS; ++panel) {
+    for (int at = begin * 128 + int(threadIdx.x) % 128 * 16; at < panel_bytes; at += 128 * 16) {
+      *reinterpret_cast<uint4*>(tile + panel * panel_bytes + at) = uint4{};
+    }
+  }
+  fence_async_proxy();
+  sync_named(1 + warpgroup(), 128);  // 0 is __syncthreads
 }
 
 }  // namespace sm90

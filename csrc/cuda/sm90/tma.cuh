@@ -75,12 +75,9 @@ FA_DEVICE void wait_reduced() {
   }
 }
 
-// Named barriers of a thread block: `threads` sync or arrive, those that sync wait.
+// A named barrier of a thread block: `threads` wait for each other.
 FA_DEVICE void sync_named(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-FA_DEVICE void arrive_named(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // Moves registers between warpgroups: all warps of a warpgroup together.

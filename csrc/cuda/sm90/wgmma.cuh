@@ -7,6 +7,9 @@
 namespace flash_attn {
 namespace sm90 {
 
+FA_DEVICE int warpgroup() { return int(threadIdx.x) / 128; }
+FA_DEVICE bool first_lane() { return threadIdx.x % 32 == 0; }
+
 FA_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 FA_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int PENDING>
@@ -115,6 +118,34 @@ FA_WGMMA(256,
          "%100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, "
          "%116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}",
          FA_REGS_128, "%128", "%129", "%130", "%131", "%132", "%133")
+
+// The warpgroup's 64 x N of c = a b^T: a's rows and b's with k along panels of 64 columns that lie `..._panel` bytes
+// apart. One group of multiplies, left in flight.
+template <class T, int N, int K>
+FA_DEVICE void multiply_panels(float (&c)[N / 2], uint32_t a, uint32_t a_panel, uint32_t b, uint32_t b_panel) {
+  const uint64_t left = descriptor(a, 0), right = descriptor(b, 0);
+  FA_UNROLL
+  for (int step = 0; step < K / 16; ++step) {
+    Wgmma<N>::template shared<T, false, false>(c, advance(left, step / 4 * a_panel + step % 4 * 32),
+                                               advance(right, step / 4 * b_panel + step % 4 * 32), step > 0);
+  }
+  wgmma_commit();
+}
+
+// c += a b, a in registers, b's rows along k, its columns in panels `b_panel` bytes apart. Likewise.
+template <class T, int N, int K>
+FA_DEVICE void multiply_registers(float (&c)[N / 2], uint32_t (&a)[K / 16][4], uint32_t b, uint32_t b_panel) {
+  const uint64_t right = descriptor(b, b_panel);
+  hold(c);
+  FA_UNROLL
+  for (int step = 0; step < K / 16; ++step) hold(a[step]);
+  wgmma_fence();
+  FA_UNROLL
+  for (int step = 0; step < K / 16; ++step) {
+    Wgmma<N>::template registers<T, true>(c, a[step], advance(right, step * 16 * 128));
+  }
+  wgmma_commit();
+}
 
 #undef FA_WGMMA
 #undef FA_REGS_4
