@@ -41,9 +41,9 @@ def chosen(asked: Sequence[str] | None, device: torch.device) -> list[str]:
 def sdpa_context(backend: SDPBackend | None, deterministic: bool = False) -> Iterator[None]:
     """Inside it torch's function is the one peer; with torch's deterministic switch on where that is wanted."""
     settings: Any = torch.utils.deterministic
-    chosen: AbstractContextManager = nullcontext() if backend is None else sdpa_kernel(backend)
+    choice: AbstractContextManager = nullcontext() if backend is None else sdpa_kernel(backend)
     switch, fill = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
-    with chosen:
+    with choice:
         try:
             torch.use_deterministic_algorithms(switch or deterministic)
             settings.fill_uninitialized_memory = False  # it would charge peers for filling buffers

@@ -35,6 +35,7 @@ class ScoreModifier {
     const AttentionParams& p = reread(p_);
     const Scalar softcap = p.softcap;
     if (softcap > 0) {
+      // The compiler brings the reciprocal out of the loop; written before it, it costs AMD scalar registers.
       Scores::for_each([&](int, int, int, int reg) {
         const Scalar t = tanh_of(scores[reg] * scale_ * reciprocal(softcap));
         differentiate(reg, Scalar(1) - t * t);

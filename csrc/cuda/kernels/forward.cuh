@@ -225,7 +225,7 @@ struct Forward {
   FA_DEVICE void write_probabilities(Rows& lse) {
     T* dmask = static_cast<T*>(p.s_dmask) +
                ((int64_t(work.batch) * p.heads_q + work.head) * p.seqlen_q + work.query_begin) * p.seqlen_k;
-    bool first = true;
+    bool first = true;  // of the loop: comparing with keys().begin costs AMD scalar registers
     for (int key = keys().begin; key < keys().end; key += kN) {
       A::sync();  // the last block's keys are no longer read
       if (first) load_queries();  // an Arch may have held them in registers
