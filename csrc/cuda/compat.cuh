@@ -179,9 +179,13 @@ FA_DEVICE float tanh_accurate(float x) {
 FA_DEVICE double tanh_accurate(double x) { return ::tanh(x); }
 
 FA_DEVICE double reciprocal(double x) { return 1.0 / x; }
-FA_DEVICE float reciprocal(float x) {  // on AMD within a unit in the last place
+FA_DEVICE float reciprocal(float x) {  // on a GPU within a unit in the last place
 #if defined(__HIP_DEVICE_COMPILE__)
   return __builtin_amdgcn_rcpf(x);
+#elif defined(__CUDA_ARCH__)
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 #else
   return 1.0f / x;
 #endif

@@ -6,11 +6,11 @@
 
 namespace flash_attn {
 
-// Null without sinks.
+// -inf without sinks.
 template <class Scalar>
-FA_DEVICE const Scalar* sink_of(const ForwardParams& p, int head, int row) {
-  if (p.sink == nullptr) return nullptr;
-  return static_cast<const Scalar*>(p.sink) + (p.rows_are_heads ? head * p.seqlen_q + row : head);
+FA_DEVICE Scalar sink_of(const ForwardParams& p, int head, int row) {
+  if (p.sink == nullptr) return -infinity<Scalar>();
+  return static_cast<const Scalar*>(p.sink)[p.rows_are_heads ? head * p.seqlen_q + row : head];
 }
 
 // Rows of a packed tensor that are no sequence's, as rows that see no key.
@@ -25,20 +25,28 @@ FA_DEVICE void clear_rows_of_no_sequence(const ForwardParams& p, const ForwardWo
                       });
 }
 
-// Writes the log-sum-exp of the block's first `rows` rows, keeps it in softmax.sum, and scales the output by the rows'
-// sums and `factor`.
-template <class Scalar, class Rows, class Output, int BLOCK_M>
-FA_DEVICE void normalise(const ForwardParams& p, const ForwardWork<BLOCK_M>& work, const Sequence& seq, int rows,
-                         Scalar factor, OnlineSoftmax<Scalar, Rows>& softmax, Output& output) {
+// Writes the log-sum-exp of the block's first `rows` rows, keeps it in softmax.sum, and leaves in `scale` what the rows
+// of the output are to be multiplied by, `factor` included.
+template <class Scalar, class Rows, int BLOCK_M>
+FA_DEVICE void finish_rows(const ForwardParams& p, const ForwardWork<BLOCK_M>& work, const Sequence& seq, int rows,
+                           Scalar factor, OnlineSoftmax<Scalar, Rows>& softmax, Rows& scale) {
   Scalar* lse = head_rows<Scalar>(p.lse, work.batch, work.head, seq.first_q + work.query_begin);
-  Rows scale;
-  Rows::for_each([&](int slot, int row, bool owner) {
-    const Scalar* sink = sink_of<Scalar>(p, work.head, work.query_begin + min_int(row, rows - 1));
-    const RowResult<Scalar> result(softmax.max[slot], softmax.sum[slot], sink);
+  Rows sinks;
+  Rows::for_each([&](int slot, int row, bool) {
+    sinks[slot] = sink_of<Scalar>(p, work.head, work.query_begin + min_int(row, rows - 1));
+  });
+  Rows::for_each([&](int slot, int, bool) {
+    const RowResult<Scalar> result(softmax.max[slot], softmax.sum[slot], sinks[slot]);
     scale[slot] = result.scale * factor;
     softmax.sum[slot] = result.lse;
-    if (owner && row < rows) lse[row] = result.lse;
   });
+  Rows::for_each([&](int slot, int row, bool owner) {
+    if (owner && row < rows) lse[row] = softmax.sum[slot];
+  });
+}
+
+template <class Rows, class Output>
+FA_DEVICE void scale_rows(Rows& scale, Output& output) {
   Output::for_each([&](int slot, int, int, int reg) { output[reg] *= scale[slot]; });
 }
 

@@ -143,17 +143,17 @@ FA_HOST_DEVICE bool may_fold(const ForwardParams& p) {
   return p.split_size > 0 && p.num_splits == 1 && p.seqlen_k > p.split_size;
 }
 
-// Keys [begin, end) of such a block; begin is a multiple of block_n.
+// Keys [begin, end) that the queries [query_begin, query_end) see of a split; begin is a multiple of block_n.
 struct VisibleKeys {
   int begin, end;
 
-  template <int BLOCK_M>
-  FA_DEVICE VisibleKeys(const ForwardParams& p, const ForwardWork<BLOCK_M>& work, const Mask& mask, int block_n)
-      : begin(mask.keys_begin(work.query_begin) / block_n * block_n),
-        end(mask.keys_end(min_int(work.query_begin + BLOCK_M, mask.len_q))) {
+  FA_DEVICE VisibleKeys(const ForwardParams& p, const Mask& mask, int split, int query_begin, int query_end,
+                        int block_n)
+      : begin(mask.keys_begin(query_begin) / block_n * block_n),
+        end(mask.keys_end(min_int(query_end, mask.len_q))) {
     if (p.num_splits > 1) {
-      begin = max_int(begin, work.split * p.split_size);
-      if (end > int64_t(work.split + 1) * p.split_size) end = (work.split + 1) * p.split_size;
+      begin = max_int(begin, split * p.split_size);
+      if (end > int64_t(split + 1) * p.split_size) end = (split + 1) * p.split_size;
     }
   }
 };

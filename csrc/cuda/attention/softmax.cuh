@@ -79,23 +79,19 @@ FA_DEVICE void fold_weights(Scalar& max, Scalar& sum, Scalar chunk_max, Scalar c
   max = folded;
 }
 
-// What turns an unnormalised row into the output and its log-sum-exp (natural units), the sink included.
+// What turns an unnormalised row into the output and its log-sum-exp (natural units), the sink included: -inf for none.
+// Without branches, so that a lane's rows are worked out side by side.
 template <class Scalar>
 struct RowResult {
   Scalar scale, lse;
 
-  FA_DEVICE RowResult(Scalar max, Scalar sum, const Scalar* sink) {
-    Scalar weight = 1;
-    if (sink != nullptr) {
-      Scalar total_max = *sink * Scalar(kLog2E), total = 1, keep, add;
-      fold_weights(total_max, total, max, sum, keep, add);
-      weight = add;
-      max = total_max;
-      sum = total;
-    }
-    const bool empty = sum == Scalar(0);
-    scale = empty ? Scalar(0) : weight / sum;
-    lse = empty ? infinity<Scalar>() : (max + log2_accurate(sum)) * Scalar(kLn2);
+  FA_DEVICE RowResult(Scalar max, Scalar sum, Scalar sink) {
+    Scalar total_max = sink * Scalar(kLog2E), total = 1, keep, weight;
+    fold_weights(total_max, total, max, sum, keep, weight);
+    const Scalar inverse = reciprocal(total), log = log2_accurate(total);
+    const bool empty = total == Scalar(0);
+    scale = empty ? Scalar(0) : weight * inverse;
+    lse = empty ? infinity<Scalar>() : (total_max + log) * Scalar(kLn2);
   }
 };
 

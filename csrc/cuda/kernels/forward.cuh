@@ -119,7 +119,9 @@ struct Forward {
     }
   }
 
-  FA_DEVICE VisibleKeys keys() const { return VisibleKeys(p, work, mask, kN); }
+  FA_DEVICE VisibleKeys keys() const {
+    return VisibleKeys(p, mask, work.split, work.query_begin, work.query_begin + kM, kN);
+  }
 
   // Leaves the unnormalised output, and the softmax finished.
   FA_DEVICE void attend(Output& output, OnlineSoftmax<Scalar, Rows>& softmax) {
@@ -211,7 +213,9 @@ struct Forward {
   FA_DEVICE void write(Output& output, OnlineSoftmax<Scalar, Rows>& softmax) {
     if (p.num_splits > 1) return write_partial(p, work, rows(), softmax, output);
     const Scalar kept = kModified && dropout.enabled() ? Scalar(1) / (Scalar(1) - Scalar(p.dropout_p)) : Scalar(1);
-    normalise(p, work, seq, rows(), kept, softmax, output);
+    Rows scale;
+    finish_rows(p, work, seq, rows(), kept, softmax, scale);
+    scale_rows(scale, output);
     if (kModified && p.s_dmask != nullptr) write_probabilities(softmax.sum);
 
     T* out = head_rows<T>(p.out, work.batch, work.head, seq.first_q + work.query_begin);

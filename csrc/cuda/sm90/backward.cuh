@@ -371,10 +371,16 @@ struct Backward {
   FA_DEVICE void write(KeyGradient& gradient, const TensorRef& dst, float scale) {
     KeyGradient::for_each([&](int, int, int, int reg) { gradient[reg] *= scale; });
     const int row = int(threadIdx.x) / 32 * 16;
+    constexpr int kCols = 32;
+    static_assert(kTurnBytes<kCols> <= 16 * 128);
     // A warp's rows of V: only it and its warpgroup, which is past that, read them.
-    write_rows<T, D>(gradient.value, shared + kKBytes + row * 128, kKPanel,
-                     head_rows<T>(dst, work.batch, work.kv_head, seq.first_k + work.key_begin + row), dst.row_stride,
-                     seq.stored_k - work.key_begin - row, p.head_dim);
+    char* const scratch = shared + kKBytes + row * 128;
+    T* const to = head_rows<T>(dst, work.batch, work.kv_head, seq.first_k + work.key_begin + row);
+    FA_UNROLL
+    for (int col = 0; col < D; col += kCols) {
+      write_rows<T, kCols>(gradient.value + col / 2, scratch, to + col, dst.row_stride,
+                           seq.stored_k - work.key_begin - row, p.head_dim - col);
+    }
   }
 };
 

@@ -1,7 +1,8 @@
 // The forward on Hopper (FlashAttention-3, arXiv 2407.08608): a warp keeps the copy engine busy, and two or three
 // warpgroups of 64 query rows each compute. A warpgroup issues the next block's Q K^T before this block's P V, and its
-// softmax runs under its own multiplies and the others'. Thread blocks are persistent: the next tile's
-// loads run under the last one's epilogue. The arithmetic, and so every bit, is that of kernels/forward.cuh.
+// softmax runs under its own multiplies and the others'. Thread blocks are persistent. Warpgroups share a tile's keys and
+// nothing else: each has its own Q, leaves out the blocks that none of its rows sees, and goes on to the next tile while
+// the others end the last. The arithmetic, and so every bit, is that of kernels/forward.cuh.
 #pragma once
 
 #include "../attention/epilogue.cuh"
@@ -40,16 +41,16 @@ struct Forward {
   static constexpr int kTileBytes = kQBytes + 2 * kStages * kKBytes;
 
   struct Barriers {
-    Barrier q_full, q_free, k_full[kStages], k_free[kStages], v_full[kStages], v_free[kStages];
+    Barrier q_full[kGroups], q_free[kGroups], k_full[kStages], k_free[kStages], v_full[kStages], v_free[kStages];
   };
-  static constexpr int kMessageBytes = 128, kBarrierBytes = 128;
+  static constexpr int kMessages = 4, kMessageBytes = 96, kBarrierBytes = 256;
   static_assert(sizeof(Barriers) <= kBarrierBytes);
 
   // Behind the tiles: room in which a warp turns its rows' fragments into rows. A row with several chunks has the
   // running fold's output there as well, and its maximum and sum.
-  static constexpr int kRoomAt = kTileBytes + kBarrierBytes + 2 * kMessageBytes;
+  static constexpr int kRoomAt = kTileBytes + kBarrierBytes + kMessages * kGroups * kMessageBytes;
   static constexpr int kOutCols = D < 128 ? D : 128;  // that a warp turns at once
-  static constexpr int kOutBytes = 16 * ((kOutCols + 63) / 64) * 128, kStash = 16 * D * 4;  // of a warp
+  static constexpr int kOutBytes = kTurnBytes<kOutCols>, kStash = 16 * D * 4;  // of a warp
   static constexpr int kSharedBytes = kRoomAt + kWarps * kOutBytes;
   static constexpr int kStashBytes = kWarps * (kStash - kOutBytes) + 2 * kM * 4;
 
@@ -59,7 +60,7 @@ struct Forward {
 
     explicit Launched(const ForwardParams& p)
         : p(p),
-          q(tensor_map(p.q, p.dtype, batches(p), p.cu_seqlens_q ? p.total_q : p.seqlen_q, p.heads_q, p.head_dim, kM)),
+          q(tensor_map(p.q, p.dtype, batches(p), p.cu_seqlens_q ? p.total_q : p.seqlen_q, p.heads_q, p.head_dim, 64)),
           k(tensor_map(p.k, p.dtype, batches(p), p.cu_seqlens_q ? p.total_k : p.seqlen_k, p.heads_kv, p.head_dim, kN)),
           v(tensor_map(p.v, p.dtype, batches(p), p.cu_seqlens_q ? p.total_k : p.seqlen_k, p.heads_kv, p.head_dim,
                        kN)) {}
@@ -76,21 +77,25 @@ struct Forward {
   const ForwardParams& p;
   char* const shared;
   Barriers& barriers;
+  const int group;  // this thread's, of those that compute
 
   FA_DEVICE Forward(const Launched& launched, char* shared)
       : launched(launched),
         p(launched.p),
         shared(shared),
-        barriers(*reinterpret_cast<Barriers*>(shared + kTileBytes)) {}
+        barriers(*reinterpret_cast<Barriers*>(shared + kTileBytes)),
+        group(warpgroup()) {}
 
-  FA_DEVICE uint32_t q_address() const { return shared_address(shared); }
+  FA_DEVICE uint32_t q_address(int group) const { return shared_address(shared) + group * 64 * 128; }
   FA_DEVICE uint32_t k_address(int stage) const { return shared_address(shared) + kQBytes + stage * 2 * kKBytes; }
   FA_DEVICE uint32_t v_address(int stage) const { return k_address(stage) + kKBytes; }
 
   FA_DEVICE void run() {
     if (threadIdx.x == 0) {
-      barriers.q_full.init(1);
-      barriers.q_free.init(kWarps);
+      for (int group = 0; group < kGroups; ++group) {
+        barriers.q_full[group].init(1);
+        barriers.q_free[group].init(4);
+      }
       for (int stage = 0; stage < kStages; ++stage) {
         barriers.k_full[stage].init(1);
         barriers.v_full[stage].init(1);
@@ -102,7 +107,7 @@ struct Forward {
     __syncthreads();
     if (threadIdx.x >= kGroups * 128) {
       keep_registers<Tuning::kProducerRegisters>();
-      if (threadIdx.x == kGroups * 128) produce();
+      if (threadIdx.x < kGroups * 128 + 32) produce();
     } else {
       take_registers<Tuning::kConsumerRegisters>();
       consume();
@@ -116,8 +121,10 @@ struct Forward {
     VisibleKeys keys;
 
     FA_DEVICE Tile(const ForwardParams& p, uint32_t tile)
-        : work(p, tile), seq(p, work.batch), keys(p, work, Mask(p, seq), kN) {}
-    FA_DEVICE bool has_rows() const { return work.query_begin < seq.len_q; }
+        : work(p, tile),
+          seq(p, work.batch),
+          keys(p, Mask(p, seq), work.split, work.query_begin, work.query_begin + kM, kN) {}
+    FA_DEVICE bool has_rows(int group = 0) const { return work.query_begin + group * 64 < seq.len_q; }
     FA_DEVICE bool has_keys() const { return has_rows() && keys.begin < keys.end; }
     // Rows behind the last sequence fall to its tiles, those without rows of their own included.
     FA_DEVICE bool clears(const ForwardParams& p) const {
@@ -125,11 +132,53 @@ struct Forward {
     }
     FA_DEVICE bool is_last() const { return work.query_begin < 0; }
   };
-  // In two places in turn: q_free says that nobody reads the one before last any more.
-  FA_DEVICE Tile& message(uint32_t phase) const {
-    return *reinterpret_cast<Tile*>(shared + kTileBytes + kBarrierBytes + phase * kMessageBytes);
+
+  // A warpgroup's keys: what some of its rows see, and what all do. Empty where it has no rows.
+  struct Share {
+    int begin, end, all_begin, all_end;
+    int blocks_before, blocks_after;  // of the tile's keys
+    int values;  // of the last block that are the sequence's own; kN where those behind it do no harm
+
+    FA_DEVICE Share(const ForwardParams& p, const Tile& tile, int group) {
+      const Mask mask(p, tile.seq);
+      const int row = tile.work.query_begin + group * 64;
+      const VisibleKeys keys(p, mask, tile.work.split, row, row + 64, kN);
+      const bool none = row >= mask.len_q || keys.begin >= keys.end;
+      begin = none ? tile.keys.end : keys.begin;
+      end = none ? tile.keys.end : keys.end;
+      all_begin = mask.row_begin(row + 63);
+      all_end = mask.row_end(row);
+      blocks_before = tile.has_keys() ? ceil_div(begin - tile.keys.begin, kN) : 0;
+      blocks_after = tile.has_keys() ? ceil_div(tile.keys.end, kN) - ceil_div(end, kN) : 0;
+      const bool foreign = p.cu_seqlens_q != nullptr || p.seqused_k != nullptr;
+      values = foreign ? min_int(kN, mask.len_k - (end - 1) / kN * kN) : kN;
+    }
+    FA_DEVICE bool has_keys() const { return begin < end; }
+    FA_DEVICE bool all_see(int key) const { return key >= all_begin && key + kN <= all_end; }
+    FA_DEVICE bool has_chunks(const ForwardParams& p) const {
+      return may_fold(p) && begin / p.split_size != (end - 1) / p.split_size;
+    }
+  };
+
+  // From the producer to a warpgroup.
+  struct Message {
+    Tile tile;
+    Share share;
+  };
+
+  // A tile's number: its place among the messages, and the phase of its Q. Two messages before it are being read; the
+  // third is not, for every warpgroup has released the Q of the tile after that.
+  struct Turn {
+    uint32_t number = 0;
+    FA_DEVICE void step() { ++number; }
+    FA_DEVICE uint32_t message() const { return number % kMessages; }
+    FA_DEVICE uint32_t phase() const { return number % 2; }
+  };
+  FA_DEVICE Message& message(const Turn& turn, int group) const {
+    return *reinterpret_cast<Message*>(shared + kTileBytes + kBarrierBytes +
+                                       (turn.message() * kGroups + group) * kMessageBytes);
   }
-  static_assert(sizeof(Tile) <= kMessageBytes);
+  static_assert(sizeof(Message) <= kMessageBytes);
 
   // A place in a ring of stages: which stage, and which phase of its barriers.
   struct Place {
@@ -143,52 +192,86 @@ struct Forward {
     }
   };
 
+  // A warp's work. Lane g writes to warpgroup g and loads its Q.
   FA_DEVICE void produce() {
-    prefetch(launched.q);
-    prefetch(launched.k);
-    prefetch(launched.v);
-    Place place;
-    uint32_t phase = 0;
-    const uint32_t tiles = uint32_t(Work::blocks(p));
-    for (uint32_t tile = blockIdx.x; tile < tiles; tile = following(tile)) {
-      const Tile next(p, tile);
-      if (!next.has_rows() && !next.clears(p)) continue;
-      barriers.q_free.wait(phase ^ 1);
-      message(phase) = next;
-      load(next, place);
-      phase ^= 1;
+    const int lane = int(threadIdx.x) % 32;
+    if (lane == 0) {
+      prefetch(launched.q);
+      prefetch(launched.k);
+      prefetch(launched.v);
     }
-    barriers.q_free.wait(phase ^ 1);
-    message(phase).work.query_begin = -1;
-    barriers.q_full.arrive();
+    Place place;
+    Turn turn;
+    const uint32_t tiles = uint32_t(Work::blocks(p));
+    for (uint32_t tile = blockIdx.x; tile < tiles;) {
+      const Tile next(p, tile);
+      if (next.has_rows() || next.clears(p)) {
+        if (lane < kGroups) message(turn, lane) = {next, Share(p, next, lane)};
+        tile = load(next, tile, turn, place);
+        turn.step();
+      } else {
+        tile = following(tile);
+      }
+    }
+    if (lane < kGroups) message(turn, lane).tile.work.query_begin = -1;
+    announce(turn);
   }
 
   // This thread block's next tile.
   FA_DEVICE uint32_t following(uint32_t tile) const {
-    return p.tiles_taken != nullptr ? gridDim.x + atomicAdd(p.tiles_taken, 1) : tile + gridDim.x;
+    if (p.tiles_taken == nullptr) return tile + gridDim.x;
+    uint32_t taken = 0;
+    if (first_lane()) taken = atomicAdd(p.tiles_taken, 1);
+    return gridDim.x + __shfl_sync(0xffffffffu, taken, 0);
   }
 
-  FA_DEVICE void load(const Tile& next, Place& place) {
-    if (!next.has_keys()) return barriers.q_full.arrive();
-    const int batch = p.cu_seqlens_q ? 0 : next.work.batch, kv_head = next.work.head / (p.heads_q / p.heads_kv);
-    barriers.q_full.arrive_expecting(kQBytes);
-    for (int panel = 0; panel < kPanels; ++panel) {
-      load_box(q_address() + panel * kQPanel, launched.q, barriers.q_full, panel * 64,
-               int(next.seq.first_q) + next.work.query_begin, next.work.head, batch);
+  // Messages without Q.
+  FA_DEVICE void announce(const Turn& turn) {
+    for (int group = 0; group < kGroups; ++group) {
+      barriers.q_free[group].wait(turn.phase() ^ 1);
+      if (int(threadIdx.x) % 32 == group) barriers.q_full[group].arrive();
     }
+  }
+
+  // Returns the tile to follow, asked for in time to hide the answer's latency.
+  FA_DEVICE uint32_t load(const Tile& next, uint32_t tile, const Turn& turn, Place& place) {
+    if (!next.has_keys()) {
+      announce(turn);
+      return following(tile);
+    }
+    const int batch = p.cu_seqlens_q ? 0 : next.work.batch, kv_head = next.work.head / (p.heads_q / p.heads_kv);
+    uint32_t following = 0;
     for (int key = next.keys.begin; key < next.keys.end; key += kN) {
       const int stage = place.stage, row = int(next.seq.first_k) + key;
+      if (key + kN >= next.keys.end) following = this->following(tile);
       load_keys(launched.k, k_address(stage), barriers.k_full[stage], barriers.k_free[stage], place.phase, row, kv_head,
                 batch);
+      if (key == next.keys.begin) load_queries(next, turn, batch);
       load_keys(launched.v, v_address(stage), barriers.v_full[stage], barriers.v_free[stage], place.phase, row, kv_head,
                 batch);
       place.step();
+    }
+    return following;
+  }
+
+  FA_DEVICE void load_queries(const Tile& next, const Turn& turn, int batch) {
+    FA_UNROLL
+    for (int group = 0; group < kGroups; ++group) {
+      Barrier& full = barriers.q_full[group];
+      barriers.q_free[group].wait(turn.phase() ^ 1);
+      if (int(threadIdx.x) % 32 != group) continue;
+      full.arrive_expecting(kPanels * 64 * 128);
+      for (int panel = 0; panel < kPanels; ++panel) {
+        load_box(q_address(group) + panel * kQPanel, launched.q, full, panel * 64,
+                 int(next.seq.first_q) + next.work.query_begin + group * 64, next.work.head, batch);
+      }
     }
   }
 
   static FA_DEVICE void load_keys(const CUtensorMap& map, uint32_t dst, Barrier& full, Barrier& free, uint32_t phase,
                                   int row, int head, int batch) {
     free.wait(phase ^ 1);
+    if (!first_lane()) return;
     full.arrive_expecting(kKBytes);
     for (int panel = 0; panel < kPanels; ++panel) {
       load_box(dst + panel * kKPanel, map, full, panel * 64, row, head, batch);
@@ -211,96 +294,131 @@ struct Forward {
 
   FA_DEVICE void consume() {
     State state;
-    for (uint32_t phase = 0;; phase ^= 1) {
-      barriers.q_full.wait(phase);
-      const Tile& now = message(phase);
-      if (now.is_last()) return;
-      if (now.clears(p)) clear_rows_of_no_sequence<T, Lanes>(p, now.work);
+    for (Turn turn;; turn.step()) {
+      barriers.q_full[group].wait(turn.phase());
+      const Tile& tile = message(turn, group).tile;
+      const Share& share = message(turn, group).share;
+      if (tile.is_last()) return;
+      if (tile.clears(p)) clear_rows_of_no_sequence<T, Lanes>(p, tile.work);
       state.softmax.clear();
       state.output.fill(0);
-      if (now.has_keys()) {
-        const bool folds = may_fold(p) && now.keys.begin / p.split_size != (now.keys.end - 1) / p.split_size;
-        begin(now, state);
-        walk(now, folds, state);
-        end(now, folds, state);
-      } else {
-        if (first_lane()) barriers.q_free.arrive();
-        state.softmax.finish();
+      pass_by(share.blocks_before, state.place);
+      if (share.has_keys()) {
+        begin(tile, share, state);
+        walk(tile, share, state);
+      } else if (first_lane()) {
+        barriers.q_free[group].arrive();
       }
-      if (now.has_rows()) write(now, state.output, state.softmax);
+      if (tile.has_rows(group)) end(tile, share, state);
+      pass_by(share.blocks_after, state.place);
+    }
+  }
+
+  // Blocks of keys that none of the warpgroup's rows sees.
+  FA_DEVICE void pass_by(int blocks, Place& place) {
+#pragma unroll 1
+    for (; blocks > 0; --blocks) {
+      barriers.k_full[place.stage].wait(place.phase);
+      barriers.v_full[place.stage].wait(place.phase);
+      if (first_lane()) {
+        barriers.k_free[place.stage].arrive();
+        barriers.v_free[place.stage].arrive();
+      }
+      place.step();
     }
   }
 
   // All blocks of keys but the first.
-  FA_DEVICE void walk(const Tile& now, bool folds, State& state) {
-    const Mask mask(p, now.seq);
-    const int first_row = now.work.query_begin;
-    int chunk_end = folds ? (now.keys.begin / p.split_size + 1) * p.split_size : now.keys.end;
-    for (int key = now.keys.begin + kN; key < now.keys.end; key += kN) {
+  FA_DEVICE void walk(const Tile& tile, const Share& share, State& state) {
+    int chunk_end = share.has_chunks(p) ? (share.begin / p.split_size + 1) * p.split_size : share.end;
+    for (int key = share.begin + kN; key < share.end; key += kN) {
       if (key == chunk_end) {
-        step<true, true>(now, mask, first_row, key, state);
+        step<true, true>(tile, share, key, state);
         chunk_end += p.split_size;
-      } else if (!mask.all_visible(first_row, first_row + kM, key, key + kN)) {
-        step<true, false>(now, mask, first_row, key, state);
+      } else if (!share.all_see(key)) {
+        step<true, false>(tile, share, key, state);
       } else {
-        step<false, false>(now, mask, first_row, key, state);
+        step<false, false>(tile, share, key, state);
       }
     }
   }
 
-  // Waits for the last block's values. Behind a sequence's last key they may be another's, and must not reach the
+  // The last block's values. Behind a sequence's last key they may be another's, and must not reach the
   // multiply, where 0 * NaN is NaN.
-  FA_DEVICE void await_last_values(const Tile& now, const Place& place) {
-    barriers.v_full[place.stage].wait(place.phase);
-    const bool foreign = p.cu_seqlens_q != nullptr || p.seqused_k != nullptr;
-    const int keys = now.seq.len_k - (now.keys.end - 1) / kN * kN;
-    if (foreign && keys < kN) {
-      clear_rows<kPanels>(shared + kQBytes + place.stage * 2 * kKBytes + kKBytes, kKPanel, keys);
-    }
-  }
-
-  // The last block's values.
-  FA_DEVICE void end(const Tile& now, bool folds, State& state) {
+  FA_DEVICE void multiply_last(const Share& share, State& state) {
     const int stage = state.place.stage;
-    await_last_values(now, state.place);
+    barriers.v_full[stage].wait(state.place.phase);
+    if (share.values < kN) clear_rows<kPanels>(shared + kQBytes + stage * 2 * kKBytes + kKBytes, kKPanel, share.values);
     multiply_values(state.output, state.probabilities, stage);
+  }
+  FA_DEVICE void await_last(State& state) {
     wgmma_wait<0>();
     hold(state.output.value);
-    if (first_lane()) barriers.v_free[stage].arrive();
+    if (first_lane()) barriers.v_free[state.place.stage].arrive();
     state.place.step();
-    state.softmax.finish();
-    if (folds) fold_stash_into(state.output, state.softmax);
+  }
+
+  // The last values, the rows' results, where they may under the multiply, and the output.
+  FA_DEVICE void end(const Tile& tile, const Share& share, State& state) {
+    const Work& work = tile.work;
+    const bool has_keys = share.has_keys(), folds = has_keys && share.has_chunks(p);
+    const int rows = min_int(kM, tile.seq.len_q - work.query_begin);
+    Rows scale;
+    if (has_keys && !folds) {
+      multiply_last(share, state);
+      state.softmax.finish();
+      if (p.num_splits == 1) finish_rows(p, work, tile.seq, rows, 1.0f, state.softmax, scale);
+      hold(scale.value);
+      await_last(state);
+    } else {
+      if (folds) {
+        multiply_last(share, state);
+        await_last(state);
+      }
+      state.softmax.finish();
+      if (folds) fold_stash_into(state.output, state.softmax);
+      if (p.num_splits == 1) finish_rows(p, work, tile.seq, rows, 1.0f, state.softmax, scale);
+    }
+    if (p.num_splits > 1) return write_partial(p, work, rows, state.softmax, state.output);
+    scale_rows(scale, state.output);
+    const int row = int(threadIdx.x) / 32 * 16;
+    char* const room = this->room(may_fold(p) ? kStash : kOutBytes);
+    T* out = head_rows<T>(p.out, work.batch, work.head, tile.seq.first_q + work.query_begin + row);
+    write_rows<T, kOutCols>(state.output.value, room, out, p.out.row_stride, rows - row, p.head_dim);
+    if constexpr (D > kOutCols) {
+      write_rows<T, D - kOutCols>(state.output.value + kOutCols / 2, room, out + kOutCols, p.out.row_stride,
+                                  rows - row, p.head_dim - kOutCols);
+    }
   }
 
   FA_DEVICE float scale_log2() const { return float(p.softmax_scale) * float(kLog2E); }
 
   // The first block of keys.
-  FA_DEVICE void begin(const Tile& now, State& state) {
-    const Mask mask(p, now.seq);
-    const int row = now.work.query_begin, key = now.keys.begin;
+  FA_DEVICE void begin(const Tile& tile, const Share& share, State& state) {
+    const int key = share.begin;
     Scores scores;
     Rows rescale;
     barriers.k_full[state.place.stage].wait(state.place.phase);
     multiply_scores(scores, state.place.stage);
     wgmma_wait<0>();
     hold(scores.value);
-    release_factors(now, state.place.stage, key);
-    if (!mask.all_visible(row, row + kM, key, key + kN)) hide(mask, row, key, scores);
+    release_factors(share, state.place.stage, key);
+    if (!share.all_see(key)) hide(tile, share, key, scores);
     state.softmax.raise_max(scores, scale_log2(), rescale);
     state.softmax.exponentiate(scores, scale_log2());
     state.probabilities.narrow(scores);
   }
 
   // A block's scores are known. Q goes as well with the last block: the next tile's is loaded under what remains.
-  FA_DEVICE void release_factors(const Tile& now, int stage, int key) {
+  FA_DEVICE void release_factors(const Share& share, int stage, int key) {
     if (!first_lane()) return;
     barriers.k_free[stage].arrive();
-    if (key + kN >= now.keys.end) barriers.q_free.arrive();
+    if (key + kN >= share.end) barriers.q_free[group].arrive();
   }
 
   // The next block's scores, while the last block's values are multiplied.
   template <bool MASKED, bool NEW_CHUNK>
-  FA_DEVICE void step(const Tile& now, const Mask& mask, int row, int key, State& state) {
+  FA_DEVICE void step(const Tile& tile, const Share& share, int key, State& state) {
     Scores scores;
     Rows rescale;
     const Place last = state.place;
@@ -312,8 +430,8 @@ struct Forward {
     multiply_values(state.output, state.probabilities, last.stage);
     wgmma_wait<1>();
     hold(scores.value);
-    release_factors(now, stage, key);
-    if (NEW_CHUNK ? !mask.all_visible(row, row + kM, key, key + kN) : MASKED) hide(mask, row, key, scores);
+    release_factors(share, stage, key);
+    if (NEW_CHUNK ? !share.all_see(key) : MASKED) hide(tile, share, key, scores);
     OnlineSoftmax<float, Rows> next = state.softmax;
     if (NEW_CHUNK) next.clear();
     next.raise_max(scores, scale_log2(), rescale);
@@ -321,7 +439,7 @@ struct Forward {
     wait_after(next, stage, state.place.phase);
     hold(state.output.value);
     if (NEW_CHUNK) {
-      const bool first = (key - 1) / p.split_size == now.keys.begin / p.split_size;
+      const bool first = (key - 1) / p.split_size == share.begin / p.split_size;
       fold_into_stash(first, state.output, state.softmax);
     } else if (__any_sync(0xffffffffu, rescale[0] != 1.0f || rescale[1] != 1.0f)) {
       next.apply(rescale, state.output);
@@ -344,7 +462,7 @@ struct Forward {
   FA_DEVICE void multiply_scores(Scores& scores, int stage) {
     hold(scores.value);
     wgmma_fence();
-    multiply_panels<T, kN, D>(scores.value, q_address() + warpgroup() * 64 * 128, kQPanel, k_address(stage), kKPanel);
+    multiply_panels<T, kN, D>(scores.value, q_address(group), kQPanel, k_address(stage), kKPanel);
   }
 
   // output += P V
@@ -353,16 +471,17 @@ struct Forward {
   }
 
   // Ends are relative to a lane's first column: one comparison with a constant for each element.
-  FA_DEVICE void hide(const Mask& mask, int query, int key, Scores& scores) {
-    const int lane_col = int(threadIdx.x) % 4 * 2, origin = key + lane_col;
-    if (key < mask.row_begin(query + kM - 1)) {
+  FA_DEVICE void hide(const Tile& tile, const Share& share, int key, Scores& scores) {
+    const Mask mask(p, tile.seq);
+    const int lane_col = int(threadIdx.x) % 4 * 2, origin = key + lane_col, query = tile.work.query_begin;
+    if (key < share.all_begin) {
       IntRows begin;
       IntRows::for_each([&](int slot, int row, bool) { begin[slot] = mask.row_begin(query + row) - origin; });
       Scores::for_each([&](int slot, int, int col, int reg) {
         if (col - lane_col < begin[slot]) scores[reg] = -infinity<float>();
       });
     }
-    if (key + kN > mask.row_end(query)) {
+    if (key + kN > share.all_end) {
       IntRows end;
       IntRows::for_each([&](int slot, int row, bool) { end[slot] = mask.row_end(query + row) - origin; });
       Scores::for_each([&](int slot, int, int col, int reg) {
@@ -421,21 +540,6 @@ struct Forward {
       stashed_sum(row) = softmax.sum[slot];
     });
     __syncwarp();
-  }
-
-  FA_DEVICE void write(const Tile& tile, Output& output, OnlineSoftmax<float, Rows>& softmax) {
-    const Work& work = tile.work;
-    const int rows = min_int(kM, tile.seq.len_q - work.query_begin);
-    if (p.num_splits > 1) return write_partial(p, work, rows, softmax, output);
-    normalise(p, work, tile.seq, rows, 1.0f, softmax, output);
-    const int row = int(threadIdx.x) / 32 * 16;
-    char* const room = this->room(may_fold(p) ? kStash : kOutBytes);
-    T* out = head_rows<T>(p.out, work.batch, work.head, tile.seq.first_q + work.query_begin + row);
-    write_rows<T, kOutCols>(output.value, room, 16 * 128, out, p.out.row_stride, rows - row, p.head_dim);
-    if constexpr (D > kOutCols) {
-      write_rows<T, D - kOutCols>(output.value + kOutCols / 2, room, 16 * 128, out + kOutCols, p.out.row_stride,
-                                  rows - row, p.head_dim - kOutCols);
-    }
   }
 };
 

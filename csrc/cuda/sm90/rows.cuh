@@ -15,36 +15,44 @@ FA_DEVICE void store_matrices(uint32_t address, const uint32_t (&x)[4]) {
                : "memory");
 }
 
-// Writes the first `rows` of 16 rows of D columns to dst. They pass through `scratch`, the warp's own 16 rows of each
-// panel of 128 bytes a row, `panel_bytes` apart, so that device memory sees whole rows.
-template <class T, int D>
-FA_DEVICE void write_rows(const float* value, char* scratch, int panel_bytes, T* dst, int64_t row_stride,
-                          int rows, int head_dim) {
+// Shared memory in which a warp turns fragments of 16 rows into rows. The padding keeps banks apart.
+template <int COLS>
+constexpr int kTurnPitch = COLS * 2 + 16;
+template <int COLS>
+constexpr int kTurnBytes = 16 * kTurnPitch<COLS>;
+
+// Writes the first `rows` of a warp's 16 rows of COLS columns to dst, turned in `scratch`, the warp's own, so that
+// device memory sees whole rows. `cols` of a row exist.
+template <class T, int COLS>
+FA_DEVICE void write_rows(const float* value, char* scratch, T* dst, int64_t row_stride, int rows, int cols) {
+  constexpr int kPitch = kTurnPitch<COLS>, kChunks = COLS / 8, kRowsAtOnce = 32 / kChunks;
   const int lane = int(threadIdx.x) % 32;
-  const uint32_t base = sm80::shared_address(scratch);
+  const uint32_t base = sm80::shared_address(scratch) + lane % 16 * kPitch + lane / 16 * 16;
   __syncwarp();  // what the memory held is no longer read
   FA_UNROLL
-  for (int n = 0; n < D / 8; n += 2) {
+  for (int n = 0; n < kChunks; n += 2) {
     const float *left = value + 4 * n, *right = left + 4;
     const uint32_t x[4] = {sm80::pack(T{}, left[0], left[1]), sm80::pack(T{}, left[2], left[3]),
                            sm80::pack(T{}, right[0], right[1]), sm80::pack(T{}, right[2], right[3])};
-    const int row = lane % 16, chunk = n + lane / 16;
-    store_matrices(base + chunk / 8 * panel_bytes + row * 128 + ((chunk ^ row) % 8) * 16, x);
+    store_matrices(base + n * 16, x);
   }
   __syncwarp();
-  FA_UNROLL
-  for (int i = lane; i < 16 * D / 8; i += 32) {
-    const int row = i / (D / 8), chunk = i % (D / 8), col = chunk * 8;
-    if (row >= rows) continue;
-    const uint4 x = *reinterpret_cast<const uint4*>(scratch + chunk / 8 * panel_bytes + row * 128 +
-                                                    ((chunk ^ row) % 8) * 16);
-    T* to = dst + row * row_stride + col;
-    if (col + 8 <= head_dim) {
-      *reinterpret_cast<uint4*>(to) = x;
-    } else {
-      FA_UNROLL
-      for (int e = 0; e < 8; ++e) {
-        if (col + e < head_dim) to[e] = reinterpret_cast<const T*>(&x)[e];
+  if (cols % 8 == 0) {
+    const int first = lane / kChunks, col = lane % kChunks * 8;
+    if (first >= kRowsAtOnce || col >= cols) return;
+    const char* from = scratch + first * kPitch + col * 2;
+    T* to = dst + first * row_stride + col;
+    FA_UNROLL
+    for (int row = 0; row < 16; row += kRowsAtOnce) {
+      if (first + row < rows) *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from + row * kPitch);
+      to += kRowsAtOnce * row_stride;
+    }
+  } else {
+#pragma unroll 1
+    for (int i = lane; i < 16 * COLS; i += 32) {
+      const int row = i / COLS, col = i % COLS;
+      if (row < rows && col < cols) {
+        dst[row * row_stride + col] = *reinterpret_cast<const T*>(scratch + row * kPitch + col * 2);
       }
     }
   }

@@ -7,7 +7,8 @@
 namespace flash_attn {
 namespace sm90 {
 
-FA_DEVICE int warpgroup() { return int(threadIdx.x) / 128; }
+// The shuffle tells the compiler that all lanes have the same.
+FA_DEVICE int warpgroup() { return __shfl_sync(0xffffffffu, int(threadIdx.x) / 128, 0); }
 FA_DEVICE bool first_lane() { return threadIdx.x % 32 == 0; }
 
 FA_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
