@@ -33,7 +33,7 @@ def random_qkv(
     seqlen_k: int | None = None,
     heads_q: int = 4,
     heads_kv: int | None = None,
-    dim: int = 32,
+    dim: int = 64,
     grad: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Unit-normal q, k, v, drawn on the CPU so that every device sees the same numbers."""
@@ -181,7 +181,7 @@ def random_packed(
     lengths_k: list[int],
     heads_q: int = 4,
     heads_kv: int = 2,
-    dim: int = 32,
+    dim: int = 64,
     grad: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
     """Packed q, k, v and the keyword arguments that say where the sequences lie."""

@@ -269,6 +269,16 @@ class TestInstances:
             assert {row.dtype for row in rows} <= {"fp16", "bf16"}
             assert all("PerformanceMode<" in row.template for row in rows)
 
+    def test_loops_of_a_machine_s_own(self):
+        """They do what modified instances do, on sizes that have these too."""
+        for machine in instances.MACHINES:
+            rows = list(instances.instances(machine, make_config()))
+            scored = [row for row in rows if row.scored]
+            assert {(row.family.name, row.head_dim) for row in scored} == {
+                (name, size) for name, sizes in machine.scored for size in sizes
+            }
+            assert all(row.modified and replace(row, scored=False) in rows for row in scored)
+
     def test_families_are_the_registry_s(self):
         header = (ROOT / "csrc/core/registry.h").read_text()
         match = re.search(r"enum class KernelKind[^{]*\{([^}]*)\}", header)

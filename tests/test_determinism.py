@@ -12,7 +12,7 @@ from flash_attn import deterministic_mode, flash_attn_func, flash_attn_varlen_fu
 MODES = ["causal", "causal_window", "everything"]
 
 
-def split_for(device, dtype, dim=32):
+def split_for(device, dtype, dim=64):
     """The smallest split: one key block."""
     return modes.key_block(device, str(dtype).removeprefix("torch."), dim)
 
@@ -31,9 +31,10 @@ def same(first, second):
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("dim", [32, 64, 128])
 @pytest.mark.parametrize("name", MODES)
-def test_batch_does_not_matter(device, dtype, name):
-    q, k, v = random_qkv(device, dtype, 8, 70, 150, heads_kv=2)
+def test_batch_does_not_matter(device, dtype, name, dim):
+    q, k, v = random_qkv(device, dtype, 8, 70, 150, heads_kv=2, dim=dim)
     dout = torch.randn(q.shape).to(q)
     arguments = feature(name, q)
     whole = run(*leaves(q, k, v), dout, **arguments)
@@ -56,9 +57,10 @@ def test_heads_do_not_matter(device, dtype):
         assert same(alone, slices)
 
 
-def test_packing_does_not_matter(device, dtype):
-    lengths_q, lengths_k = [70, 3, 31], [150, 64, 31]
-    q, k, v, where = random_packed(device, dtype, lengths_q, lengths_k)
+@pytest.mark.parametrize("dim", [32, 64, 128])
+def test_packing_does_not_matter(device, dtype, dim):
+    lengths_q, lengths_k = [70, 3, 231], [150, 64, 131]
+    q, k, v, where = random_packed(device, dtype, lengths_q, lengths_k, dim=dim)
     dout = torch.randn(q.shape).to(q)
     inputs = leaves(q, k, v)
     arguments = {"causal": True, "deterministic": True, "return_attn_probs": True}
@@ -81,13 +83,14 @@ def test_padding_does_not_matter(device, dtype):
         assert torch.equal(flash_attn_with_kvcache(q, k, v, cache_seqlens=used, causal=True), alone)
 
 
+@pytest.mark.parametrize("dim", [32, 64, 128])
 @pytest.mark.parametrize("blocks", [1, 2])
 @pytest.mark.parametrize("name", MODES)
-def test_schedule_does_not_matter(device, dtype, name, blocks):
+def test_schedule_does_not_matter(device, dtype, name, blocks, dim):
     """A whole prefill, chunked prefills and single rows: the same bits."""
-    split = blocks * split_for(device, dtype)
+    split = blocks * split_for(device, dtype, dim)
     seqlen = 3 * split + 37
-    q, k, v = random_qkv(device, dtype, 1, seqlen, heads_q=2, heads_kv=1)
+    q, k, v = random_qkv(device, dtype, 1, seqlen, heads_q=2, heads_kv=1, dim=dim)
     arguments = feature(name, q) | {"return_attn_probs": True}
     with deterministic_mode(True, split):
         out, lse, _ = flash_attn_func(q, k, v, **arguments)
@@ -109,9 +112,9 @@ def test_decoding_equals_prefill(device, dtype):
     pages = -(-seqlen // page_size)
     table = torch.randperm(3 * pages).view(3, pages)
     padded = [torch.nn.functional.pad(x, (0, 0, 0, 0, 0, pages * page_size - seqlen)) for x in (k, v)]
-    paged = [torch.empty(3 * pages, page_size, 2, 32).to(q) for _ in range(2)]
+    paged = [torch.empty(3 * pages, page_size, 2, 64).to(q) for _ in range(2)]
     for cache, x in zip(paged, padded, strict=True):
-        cache[table.flatten()] = x.reshape(3 * pages, page_size, 2, 32)
+        cache[table.flatten()] = x.reshape(3 * pages, page_size, 2, 64)
     table = table.int().to(device)
     with deterministic_mode(True, split):
         whole = flash_attn_func(q, k, v, causal=True)

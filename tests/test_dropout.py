@@ -19,9 +19,10 @@ from flash_attn.reference import attention_reference
 
 
 @pytest.mark.parametrize("name", ["full", "causal", "everything"])
-def test_forward_and_backward_apply_the_mask_that_s_dmask_shows(device, dtype, name):
+@pytest.mark.parametrize("dim", [32, 64, 128])
+def test_forward_and_backward_apply_the_mask_that_s_dmask_shows(device, dtype, name, dim):
     p = 0.25  # exact in float32, which is what kernels hold it in
-    q, k, v = random_qkv(device, dtype, seqlen_q=70, seqlen_k=90, heads_kv=2, grad=True)
+    q, k, v = random_qkv(device, dtype, seqlen_q=150, seqlen_k=190, heads_kv=2, dim=dim, grad=True)
     arguments = feature(name, q)
     out, lse, s_dmask = flash_attn_func(q, k, v, dropout_p=p, return_attn_probs=True, **arguments)
     keep = ~torch.signbit(s_dmask)
@@ -34,6 +35,15 @@ def test_forward_and_backward_apply_the_mask_that_s_dmask_shows(device, dtype, n
     found, rough = gradients(out, (q, k, v), dout), gradients(plain.out, (q, k, v), dout)
     wanted = gradients(expected.out, inputs, dout.double())
     assert_gradients_accurate(found, rough, wanted, (q, k, v), dout / (1.0 - p), arguments.get("softmax_scale"))
+
+
+@pytest.mark.parametrize("dim", [32, 64, 128])
+def test_asking_for_s_dmask_changes_no_bits(device, dtype, dim):
+    q, k, v = random_qkv(device, dtype, seqlen_q=150, seqlen_k=190, dim=dim)
+    torch.manual_seed(2)
+    out, _, _ = flash_attn_func(q, k, v, dropout_p=0.3, causal=True, return_attn_probs=True)
+    torch.manual_seed(2)
+    assert torch.equal(flash_attn_func(q, k, v, dropout_p=0.3, causal=True), out)
 
 
 def test_packed(device):

@@ -14,7 +14,7 @@ CAPACITY = 40
 
 def cache_and_step(device, dtype, new=3, rows=3):
     """A cache with garbage behind its end, and q, k, v of one step."""
-    k_cache, v_cache = (torch.randn(rows, CAPACITY, 2, 32).to(device, dtype) for _ in range(2))
+    k_cache, v_cache = (torch.randn(rows, CAPACITY, 2, 64).to(device, dtype) for _ in range(2))
     q, k, v = random_qkv(device, dtype, 3, new, heads_kv=2)
     return k_cache, v_cache, q, k, v
 
@@ -88,8 +88,8 @@ def test_pages(device, page_size):
     paged = []
     for cache in (k_cache, v_cache):
         wide = torch.nn.functional.pad(cache, (0, 0, 0, 0, 0, room))
-        pool = torch.empty(3 * pages, page_size, 2, 32, device=device)
-        pool[table.flatten().to(device)] = wide.reshape(3 * pages, page_size, 2, 32)
+        pool = torch.empty(3 * pages, page_size, 2, 64, device=device)
+        pool[table.flatten().to(device)] = wide.reshape(3 * pages, page_size, 2, 64)
         paged.append(pool)
     settings = {"cache_seqlens": lengths_tensor(device), "causal": True}
     expected = flash_attn_with_kvcache(q, k_cache, v_cache, k, v, **settings)
@@ -133,7 +133,7 @@ def test_alibi_counts_from_the_end(device):
 
 def test_strided_cache(device):
     """k and v in one tensor, as modules keep them: written and read through views."""
-    both = torch.randn(3, CAPACITY, 2, 2, 32, device=device)
+    both = torch.randn(3, CAPACITY, 2, 2, 64, device=device)
     q, k, v = random_qkv(device, torch.float32, 3, 2, heads_kv=2)
     expected = by_hand(q, both[:, :, 0].clone(), both[:, :, 1].clone(), k, v, causal=True)
     settings = {"cache_seqlens": lengths_tensor(device), "causal": True}

@@ -44,7 +44,7 @@ def test_nan_in_v_stays_in_its_head_and_sequence(device, dtype):
 def test_neighbours_in_a_pack_are_safe(device, dtype):
     lengths = [20, 33, 11]
     at = cumulative(lengths, device)
-    q, k, v = (torch.randn(64, 2, 32).to(device, dtype) for _ in range(3))
+    q, k, v = (torch.randn(64, 2, 64).to(device, dtype) for _ in range(3))
     settings = {"cu_seqlens_q": at, "cu_seqlens_k": at, "max_seqlen_q": 33, "max_seqlen_k": 33}
     clean = flash_attn_varlen_func(q, k, v, **settings)
     for x in (q, k, v):

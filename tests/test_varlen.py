@@ -77,7 +77,7 @@ def test_agrees_with_padded(device, dtype):
 def test_packed_variants_are_the_same_function(device, dtype):
     lengths = [5, 0, 33]
     at = cumulative(lengths, device)
-    qkv = torch.randn(38, 3, 4, 32).to(device, dtype).requires_grad_()
+    qkv = torch.randn(38, 3, 4, 64).to(device, dtype).requires_grad_()
     parts = tuple(part.detach().requires_grad_() for part in qkv.unbind(1))
     settings_ = {"causal": True, "deterministic": True}
     expected = flash_attn_varlen_func(*parts, at, at, 33, 33, **settings_)
@@ -118,7 +118,7 @@ def test_pages(device, dtype, page_size):
     q, k, v, where = random_packed(device, dtype, lengths_q, lengths_k)
     pages = -(-max(lengths_k) // page_size)
     table = torch.full((3, pages), 10**6, dtype=torch.int32)  # entries behind the end may hold anything
-    caches = [torch.full((3 * pages, page_size, 2, 32), torch.nan).to(device, dtype) for _ in range(2)]
+    caches = [torch.full((3 * pages, page_size, 2, 64), torch.nan).to(device, dtype) for _ in range(2)]
     free = torch.randperm(3 * pages).tolist()
     begin = 0
     for b, length in enumerate(lengths_k):
@@ -136,7 +136,7 @@ def test_pages(device, dtype, page_size):
 def test_version_0_2_names(device):
     lengths = [5, 8, 2]
     at = cumulative(lengths, device)
-    qkv = torch.randn(15, 3, 4, 32, device=device)
+    qkv = torch.randn(15, 3, 4, 64, device=device)
     q, k, v = qkv.unbind(1)
     expected = flash_attn_varlen_func(q, k, v, at, at, 8, 8, causal=True)
     assert torch.equal(flash_attn.flash_attn_unpadded_func(q, k, v, at, at, 8, 8, 0.0, causal=True), expected)

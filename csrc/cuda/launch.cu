@@ -109,15 +109,28 @@ bool stash_fits(const KernelInfo& kernel, const Queue& queue) {
          device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, queue);
 }
 
+// A modified kernel, or that of the same size which does what these params ask for in the machine's own loops.
+const KernelInfo& or_scored(const KernelInfo& kernel, const AttentionParams& p, const Queue& queue) {
+  if (!kernel.key.modified || !p.aligned || !(p.softmax_scale > 0)) return kernel;
+  KernelKey key = kernel.key;
+  key.scored = true;
+  const KernelInfo* own = table(queue.device_index).find(key);
+  return own != nullptr ? *own : kernel;
+}
+
 const KernelInfo& forward_kernel(const ForwardParams& p, const Queue& queue) {
-  const bool modified = is_modified(p) || p.s_dmask != nullptr, performance = in_performance_mode(p, queue);
-  const KernelInfo& kernel = find(queue, KernelKind::kForward, p.dtype, p.head_dim, modified, performance);
-  if (modified || !may_fold(p) || stash_fits(kernel, queue)) return kernel;
-  const KernelInfo& other = find(queue, KernelKind::kForward, p.dtype, p.head_dim, true, performance);  // the same bits
+  const auto find_forward = [&](bool modified) -> const KernelInfo& {
+    return find(queue, KernelKind::kForward, p.dtype, p.head_dim, modified, in_performance_mode(p, queue));
+  };
+  const bool modified = is_modified(p) || p.s_dmask != nullptr;
+  const KernelInfo &any = find_forward(modified), &kernel = p.s_dmask == nullptr ? or_scored(any, p, queue) : any;
+  if (!may_fold(p) || stash_fits(kernel, queue)) return kernel;
+  const KernelInfo& other = find_forward(true);  // the same bits
   return stash_fits(other, queue) ? other : kernel;
 }
 const KernelInfo& backward_kernel(const BackwardParams& p, const Queue& queue) {
-  return find(queue, KernelKind::kBackward, p.dtype, p.head_dim, is_modified(p), in_performance_mode(p, queue));
+  const bool performance = in_performance_mode(p, queue);
+  return or_scored(find(queue, KernelKind::kBackward, p.dtype, p.head_dim, is_modified(p), performance), p, queue);
 }
 
 // delta takes dO as the products do; bf16 is the same to both.

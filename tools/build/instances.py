@@ -57,6 +57,8 @@ class Machine:
     processors: tuple[str, ...] = ()  # platform.machine() values; empty: any
     # Which of plain and modified (False, True) are compiled for the performance mode; none: to nearest is free here.
     performance_kinds: tuple[bool, ...] = ()
+    # Families with loops of its own for softcap, ALiBi and dropout, in 16 bits, and their head dims.
+    scored: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     @property
     def has_performance_mode(self) -> bool:
@@ -86,7 +88,7 @@ MACHINES = (
     _host("x86-64-v4", CPU_DTYPES, _V4),
     _host("x86-64-v3", CPU_DTYPES, ("-march=x86-64-v3",)),
     _host("generic", CPU_DTYPES, (), processors=()),
-    Machine("sm90", "cuda", "cuda/sm90/arch.cuh", "Sm90", GPU_DTYPES),
+    Machine("sm90", "cuda", "cuda/sm90/arch.cuh", "Sm90", GPU_DTYPES, scored=(("Forward", HEAD_DIMS[1:]), ("Backward", (64, 128)))),
     Machine("sm80", "cuda", "cuda/sm80/arch.cuh", "Sm80", GPU_DTYPES),
     Machine("gfx90a", "hip", "hip/gfx90a/arch.cuh", "Gfx90a", GPU_DTYPES, performance_kinds=(False, True)),
     Machine("gfx942", "hip", "hip/gfx942/arch.cuh", "Gfx942", GPU_DTYPES, performance_kinds=(False, True)),
@@ -109,13 +111,15 @@ class Instance:
     head_dim: int = 0  # 0: the family does not depend on it
     modified: bool = False
     performance: bool = False  # with the performance mode's arithmetic
+    scored: bool = False  # modified, in the machine's own loops
 
     @property
     def name(self) -> str:
         """`forward_bf16_d128_plain`, `forward_bf16_d128_plain_performance`"""
         parts = [self.family.name.lower(), self.dtype]
         parts += [f"d{self.head_dim}"] if self.family.by_head_dim else []
-        parts += ["modified" if self.modified else "plain"] if self.family.by_modified else []
+        kind = "scored" if self.scored else "modified" if self.modified else "plain"
+        parts += [kind] if self.family.by_modified else []
         parts += ["performance"] if self.performance else []
         return "_".join(parts)
 
@@ -125,7 +129,8 @@ class Instance:
 
     @property
     def arch(self) -> str:
-        return f"PerformanceMode<{self.machine.arch}>" if self.performance else self.machine.arch
+        arch = f"{self.machine.arch}Scored" if self.scored else self.machine.arch
+        return f"PerformanceMode<{arch}>" if self.performance else arch
 
     @property
     def template(self) -> str:
@@ -136,7 +141,7 @@ class Instance:
     @property
     def key(self) -> str:
         dtype = f"DType::{DTYPE_ENUMERATORS[self.dtype]}"
-        flags = f"{str(self.modified).lower()}, {str(self.performance).lower()}"
+        flags = ", ".join(str(flag).lower() for flag in (self.modified, self.performance, self.scored))
         return f"{{KernelKind::k{self.family.name}, {dtype}, {self.head_dim}, {flags}}}"
 
 
@@ -191,6 +196,11 @@ def instances(machine: Machine, config: Config) -> Iterator[Instance]:
             for row in product(sorted(wanted), modified):
                 yield Instance(machine, family, dtype, *row)
     yield from performance_instances(machine, config)
+    for family in FAMILIES:
+        sizes = dict(machine.scored).get(family.name, ())
+        for dtype, size in product(("fp16", "bf16"), sizes):
+            if config.wants(dtype, size):
+                yield Instance(machine, family, dtype, size, modified=True, scored=True)
 
 
 def performance_instances(machine: Machine, config: Config) -> Iterator[Instance]:

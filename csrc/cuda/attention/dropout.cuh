@@ -45,10 +45,18 @@ class Dropout {
       }
       FA_UNROLL
       for (int e = 0; e < 8; ++e) {
-        if (reg[e] >= 0) f(reg[e], ((pair[e / 2] >> (16 * ((e ^ col) & 1))) & 0xffff) < threshold_);
+        if (reg[e] >= 0) f(reg[e], keeps(pair[e / 2] >> (16 * ((e ^ col) & 1))));
       }
     });
   }
+
+  // The bits of the patch that (row, col) lies in: its pairs from left to right and from top to bottom, a pair's left
+  // element in the lower half.
+  FA_DEVICE void patch(int row, int col, uint32_t (&bits)[4]) const {
+    random(key_, sequence_, uint32_t(row), uint32_t(col), bits);
+  }
+  // What an element's bits, the lower half of these, decide.
+  FA_DEVICE bool keeps(uint32_t bits) const { return (bits & 0xffff) < threshold_; }
 
  private:
   // The bits of the patch that (row, col) lies in.

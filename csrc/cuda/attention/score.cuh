@@ -56,7 +56,7 @@ class ScoreModifier {
 
  private:
   static FA_DEVICE Scalar tanh_of(Scalar x) {
-    if constexpr (sizeof(T) == 2) return tanh_fast(x);
+    if constexpr (sizeof(T) == 2) return tanh_fast(x * Scalar(2 * kLog2E));
     return tanh_accurate(x);
   }
 
@@ -64,7 +64,7 @@ class ScoreModifier {
   FA_DEVICE bool active() const {
     if (!MODIFIED) return false;
     const AttentionParams& p = reread(p_);
-    return p.softcap > 0 || p.alibi_slopes != nullptr || !(p.softmax_scale > 0);
+    return p.softcap > 0 || p.alibi_slopes != nullptr || !(Scalar(p.softmax_scale) > Scalar(0));
   }
 
   const AttentionParams& p_;

@@ -27,11 +27,22 @@ struct Sm90 : sm90::Mma {};
 
 template <class T, int D>
 struct Forward<Sm90, Problem<T, D, false>>
-    : std::conditional_t<sm90::kCoversForward<T, D>, sm90::Forward<T, D>, Forward<sm90::Mma, Problem<T, D, false>>> {};
+    : std::conditional_t<sm90::kCoversForward<T, D>, sm90::Forward<T, D, false>,
+                         Forward<sm90::Mma, Problem<T, D, false>>> {};
 
 template <class T, int D>
 struct Backward<Sm90, Problem<T, D, false>>
-    : std::conditional_t<sm90::kCoversBackward<T, D>, sm90::Backward<T, D>,
+    : std::conditional_t<sm90::kCoversBackward<T, D>, sm90::Backward<T, D, false>,
                          Backward<sm90::Mma, Problem<T, D, false>>> {};
+
+// Softcap, ALiBi and dropout in Hopper's own loops. What they do not know besides (rows of any alignment, s_dmask) is
+// left to the modified instances of Sm90.
+struct Sm90Scored {};
+
+template <class T, int D>
+struct Forward<Sm90Scored, Problem<T, D, true>> : sm90::Forward<T, D, true> {};
+
+template <class T, int D>
+struct Backward<Sm90Scored, Problem<T, D, true>> : sm90::Backward<T, D, true> {};
 
 }  // namespace flash_attn

@@ -4,7 +4,9 @@
 // dS^T goes through shared memory, for dQ = dS K.
 #pragma once
 
+#include "../attention/dropout.cuh"
 #include "../attention/schedule.cuh"
+#include "../attention/score.cuh"
 #include "../sm80/arch.cuh"
 #include "../tile/tile.cuh"
 #include "launch.cuh"
@@ -16,7 +18,8 @@
 namespace flash_attn {
 namespace sm90 {
 
-template <class T_, int D>
+// SCORED: with softcap, ALiBi and dropout.
+template <class T_, int D, bool SCORED>
 struct Backward {
   using T = T_;
   using Scalar = float;
@@ -237,9 +240,9 @@ struct Backward {
           clear_rows<kPanels>(q + kQBytes, kQPanel, seq.len_q - query);
         }
         if (mask.all_visible(query, query + kM, work.key_begin, work.key_begin + kN)) {
-          visit<false>(step.stage, query, i, dk, dv);
+          visit<false>(step, query, i, dk, dv);
         } else {
-          visit<true>(step.stage, query, i, dk, dv);
+          visit<true>(step, query, i, dk, dv);
         }
       }
       barriers.ds_full.wait((steps - 1) % 2);
@@ -254,34 +257,30 @@ struct Backward {
   }
 
   template <bool MASKED>
-  FA_DEVICE void visit(int stage, int query, int i, KeyGradient& dk, KeyGradient& dv) {
+  FA_DEVICE void visit(const Step& step, int query, int i, KeyGradient& dk, KeyGradient& dv) {
+    const int stage = step.stage;
     Scores scores, gradient;
     hold(scores.value);
     hold(gradient.value);
     wgmma_fence();
     multiply_transposed(scores, k_address(), q_address(stage));
     multiply_transposed(gradient, v_address(), do_address(stage));
-    wgmma_wait<1>();
-    hold(scores.value);
-    const float scale_log2 = float(p.softmax_scale) * float(kLog2E);
-    const int lane_col = int(threadIdx.x) % 4 * 2;
-    const float *lse = negated_lse(stage) + lane_col, *deltas = delta(stage) + lane_col;
-    FA_UNROLL
-    for (int n = 0; n < kM / 8; ++n) {
-      const float2 x = *reinterpret_cast<const float2*>(lse + 8 * n);
-      float* s = scores.tile(0, n);
-      FA_UNROLL
-      for (int e = 0; e < 4; ++e) s[e] = exp2_fast(fma_rn(s[e], scale_log2, e % 2 == 0 ? x.x : x.y));
-    }
-    if (MASKED) hide(query, scores);
-    wgmma_wait<0>();
-    hold(gradient.value);
-    FA_UNROLL
-    for (int n = 0; n < kM / 8; ++n) {
-      const float2 x = *reinterpret_cast<const float2*>(deltas + 8 * n);
-      float *s = scores.tile(0, n), *g = gradient.tile(0, n);
-      FA_UNROLL
-      for (int e = 0; e < 4; ++e) g[e] = s[e] * (g[e] - (e % 2 == 0 ? x.x : x.y));
+    if constexpr (SCORED) {
+      wgmma_wait<0>();
+      hold(scores.value);
+      hold(gradient.value);
+      differentiate_modified(step, query, scores, gradient);
+      if (MASKED) hide(query, scores);
+    } else {
+      wgmma_wait<1>();
+      hold(scores.value);
+      exponentiate(stage, float(p.softmax_scale) * float(kLog2E), scores);
+      if (MASKED) hide(query, scores);
+      wgmma_wait<0>();
+      hold(gradient.value);
+      for_each_with(delta(stage), [&](int reg, float delta) {
+        gradient[reg] = scores[reg] * (gradient[reg] - delta);
+      });
     }
     if (MASKED) hide(query, gradient);
     Factor probabilities(scores);
@@ -304,6 +303,73 @@ struct Backward {
     barriers.free[stage].arrive();
     __syncwarp();  // all lanes have written dS
     if (first_lane()) barriers.ds_full.arrive();
+  }
+
+  // Calls f(reg, value of the register's query).
+  template <class F>
+  static FA_DEVICE void for_each_with(const float* of_query, F&& f) {
+    const float* of_lane = of_query + int(threadIdx.x) % 4 * 2;
+    FA_UNROLL
+    for (int n = 0; n < kM / 8; ++n) {
+      const float2 x = *reinterpret_cast<const float2*>(of_lane + 8 * n);
+      FA_UNROLL
+      for (int e = 0; e < 4; ++e) f(4 * n + e, e % 2 == 0 ? x.x : x.y);
+    }
+  }
+
+  // Scores to probabilities.
+  FA_DEVICE void exponentiate(int stage, float scale_log2, Scores& scores) {
+    for_each_with(negated_lse(stage), [&](int reg, float negated_lse) {
+      scores[reg] = exp2_fast(fma_rn(scores[reg], scale_log2, negated_lse));
+    });
+  }
+
+  // Raw scores to the probabilities that dV needs, dP to dS.
+  FA_DEVICE void differentiate_modified(const Step& step, int query, Scores& scores, Scores& gradient) {
+    // ALiBi's distance is the same seen from the key.
+    const ScoreModifier<T, SCORED> modifier(p, work.batch, step.head, -mask.shift);
+    const Dropout dropout(p, work.batch, step.head);
+    const float kept = dropout.enabled() ? 1.0f / (1.0f - float(p.dropout_p)) : 1.0f;
+    uint32_t keep[Scores::kRegs / 32];
+    if (dropout.enabled()) {
+      keep_bits(dropout, query, keep);
+      Scores::for_each([&](int, int, int, int reg) {
+        gradient[reg] = keep[reg / 32] >> (reg % 32) & 1 ? gradient[reg] * kept : 0.0f;
+      });
+    }
+    for_each_with(delta(step.stage), [&](int reg, float delta) { gradient[reg] -= delta; });
+    modifier.apply(scores, work.key_begin, query, [&](int reg, float derivative) { gradient[reg] *= derivative; });
+    exponentiate(step.stage, modifier.scale_log2(), scores);
+    Scores::for_each([&](int, int, int, int reg) { gradient[reg] *= scores[reg]; });
+    if (dropout.enabled()) {
+      Scores::for_each([&](int, int, int, int reg) {
+        scores[reg] = keep[reg / 32] >> (reg % 32) & 1 ? scores[reg] * kept : 0.0f;
+      });
+    }
+  }
+
+  // A bit for each register: whether dropout keeps it. A lane's keys r and r + 8 are of one parity, so it has half of the
+  // patch of queries c, c + 8, and half of that of c + 1, c + 9; a neighbour has the others, and works out one of them.
+  FA_DEVICE void keep_bits(const Dropout& dropout, int query, uint32_t (&keep)[Scores::kRegs / 32]) {
+    FA_UNROLL
+    for (uint32_t& bits : keep) bits = 0;
+    Scores::for_each_patch([&](int row, int col, const int(&reg)[8]) {
+      const bool odd = row % 2 != 0;
+      uint32_t bits[4];
+      dropout.patch(query + col + int(odd), work.key_begin + row, bits);
+      FA_UNROLL
+      for (int half = 0; half < 2; ++half) {  // queries c and c + 1, then c + 8 and c + 9
+        const uint32_t left = __byte_perm(bits[2 * half], bits[2 * half + 1], 0x5410);
+        const uint32_t right = __byte_perm(bits[2 * half], bits[2 * half + 1], 0x7632);
+        const uint32_t given = __shfl_xor_sync(0xffffffffu, odd ? left : right, 4), mine = odd ? right : left;
+        const uint32_t first = odd ? given : mine, second = odd ? mine : given;
+        const int at = 2 * half;
+        if (dropout.keeps(first)) keep[reg[at] / 32] |= 1u << reg[at] % 32;
+        if (dropout.keeps(first >> 16)) keep[reg[at + 4] / 32] |= 1u << reg[at + 4] % 32;
+        if (dropout.keeps(second)) keep[reg[at + 1] / 32] |= 1u << reg[at + 1] % 32;
+        if (dropout.keeps(second >> 16)) keep[reg[at + 5] / 32] |= 1u << reg[at + 5] % 32;
+      }
+    });
   }
 
   // dQ's fragments to the warp that adds them up.

@@ -5,7 +5,9 @@
 // the others end the last. The arithmetic, and so every bit, is that of kernels/forward.cuh.
 #pragma once
 
+#include "../attention/dropout.cuh"
 #include "../attention/epilogue.cuh"
+#include "../attention/score.cuh"
 #include "../sm80/fragment.cuh"
 #include "../tile/tile.cuh"
 #include "launch.cuh"
@@ -17,7 +19,8 @@
 namespace flash_attn {
 namespace sm90 {
 
-template <class T_, int D>
+// SCORED: with softcap, ALiBi and dropout.
+template <class T_, int D, bool SCORED>
 struct Forward {
   using T = T_;
   using Params = ForwardParams;
@@ -284,6 +287,15 @@ struct Forward {
     static FA_DEVICE int lane() { return int(threadIdx.x); }
   };
 
+  // What becomes of a tile's scores.
+  struct Scoring {
+    const ScoreModifier<T, SCORED> modifier;
+    const Dropout dropout;
+    FA_DEVICE Scoring(const ForwardParams& p, const Tile& tile)
+        : modifier(p, tile.work.batch, tile.work.head, Mask(p, tile.seq).shift),
+          dropout(p, tile.work.batch, tile.work.head) {}
+  };
+
   // What a warpgroup carries along a tile's keys.
   struct State {
     Output output;
@@ -304,8 +316,9 @@ struct Forward {
       state.output.fill(0);
       pass_by(share.blocks_before, state.place);
       if (share.has_keys()) {
-        begin(tile, share, state);
-        walk(tile, share, state);
+        const Scoring scoring(p, tile);
+        begin(tile, share, scoring, state);
+        walk(tile, share, scoring, state);
       } else if (first_lane()) {
         barriers.q_free[group].arrive();
       }
@@ -329,16 +342,16 @@ struct Forward {
   }
 
   // All blocks of keys but the first.
-  FA_DEVICE void walk(const Tile& tile, const Share& share, State& state) {
+  FA_DEVICE void walk(const Tile& tile, const Share& share, const Scoring& scoring, State& state) {
     int chunk_end = share.has_chunks(p) ? (share.begin / p.split_size + 1) * p.split_size : share.end;
     for (int key = share.begin + kN; key < share.end; key += kN) {
       if (key == chunk_end) {
-        step<true, true>(tile, share, key, state);
+        step<true, true>(tile, share, scoring, key, state);
         chunk_end += p.split_size;
       } else if (!share.all_see(key)) {
-        step<true, false>(tile, share, key, state);
+        step<true, false>(tile, share, scoring, key, state);
       } else {
-        step<false, false>(tile, share, key, state);
+        step<false, false>(tile, share, scoring, key, state);
       }
     }
   }
@@ -363,11 +376,12 @@ struct Forward {
     const Work& work = tile.work;
     const bool has_keys = share.has_keys(), folds = has_keys && share.has_chunks(p);
     const int rows = min_int(kM, tile.seq.len_q - work.query_begin);
+    const float kept = SCORED && p.dropout_p > 0 ? 1.0f / (1.0f - float(p.dropout_p)) : 1.0f;
     Rows scale;
     if (has_keys && !folds) {
       multiply_last(share, state);
       state.softmax.finish();
-      if (p.num_splits == 1) finish_rows(p, work, tile.seq, rows, 1.0f, state.softmax, scale);
+      if (p.num_splits == 1) finish_rows(p, work, tile.seq, rows, kept, state.softmax, scale);
       hold(scale.value);
       await_last(state);
     } else {
@@ -377,7 +391,7 @@ struct Forward {
       }
       state.softmax.finish();
       if (folds) fold_stash_into(state.output, state.softmax);
-      if (p.num_splits == 1) finish_rows(p, work, tile.seq, rows, 1.0f, state.softmax, scale);
+      if (p.num_splits == 1) finish_rows(p, work, tile.seq, rows, kept, state.softmax, scale);
     }
     if (p.num_splits > 1) return write_partial(p, work, rows, state.softmax, state.output);
     scale_rows(scale, state.output);
@@ -391,10 +405,8 @@ struct Forward {
     }
   }
 
-  FA_DEVICE float scale_log2() const { return float(p.softmax_scale) * float(kLog2E); }
-
   // The first block of keys.
-  FA_DEVICE void begin(const Tile& tile, const Share& share, State& state) {
+  FA_DEVICE void begin(const Tile& tile, const Share& share, const Scoring& scoring, State& state) {
     const int key = share.begin;
     Scores scores;
     Rows rescale;
@@ -403,9 +415,11 @@ struct Forward {
     wgmma_wait<0>();
     hold(scores.value);
     release_factors(share, state.place.stage, key);
+    scoring.modifier.apply(scores, tile.work.query_begin, key);
     if (!share.all_see(key)) hide(tile, share, key, scores);
-    state.softmax.raise_max(scores, scale_log2(), rescale);
-    state.softmax.exponentiate(scores, scale_log2());
+    state.softmax.raise_max(scores, scoring.modifier.scale_log2(), rescale);
+    state.softmax.exponentiate(scores, scoring.modifier.scale_log2());
+    drop(tile, scoring, key, scores);
     state.probabilities.narrow(scores);
   }
 
@@ -418,7 +432,7 @@ struct Forward {
 
   // The next block's scores, while the last block's values are multiplied.
   template <bool MASKED, bool NEW_CHUNK>
-  FA_DEVICE void step(const Tile& tile, const Share& share, int key, State& state) {
+  FA_DEVICE void step(const Tile& tile, const Share& share, const Scoring& scoring, int key, State& state) {
     Scores scores;
     Rows rescale;
     const Place last = state.place;
@@ -431,11 +445,13 @@ struct Forward {
     wgmma_wait<1>();
     hold(scores.value);
     release_factors(share, stage, key);
+    scoring.modifier.apply(scores, tile.work.query_begin, key);
     if (NEW_CHUNK ? !share.all_see(key) : MASKED) hide(tile, share, key, scores);
     OnlineSoftmax<float, Rows> next = state.softmax;
     if (NEW_CHUNK) next.clear();
-    next.raise_max(scores, scale_log2(), rescale);
-    next.exponentiate(scores, scale_log2());
+    next.raise_max(scores, scoring.modifier.scale_log2(), rescale);
+    next.exponentiate(scores, scoring.modifier.scale_log2());
+    drop(tile, scoring, key, scores);
     wait_after(next, stage, state.place.phase);
     hold(state.output.value);
     if (NEW_CHUNK) {
@@ -447,6 +463,13 @@ struct Forward {
     state.softmax = next;
     if (first_lane()) barriers.v_free[last.stage].arrive();
     state.probabilities.narrow(scores);
+  }
+
+  FA_DEVICE void drop(const Tile& tile, const Scoring& scoring, int key, Scores& scores) {
+    if (!SCORED || !scoring.dropout.enabled()) return;
+    scoring.dropout.template for_each<Scores>(tile.work.query_begin, key, [&](int reg, bool keep) {
+      if (!keep) scores[reg] = 0;
+    });
   }
 
   // Waits for all multiplies. The compiler would wait before the softmax. It does not move a wait across a branch, nor

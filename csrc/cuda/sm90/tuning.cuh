@@ -7,7 +7,7 @@
 namespace flash_attn {
 namespace sm90 {
 
-// 16-bit, no softcap, ALiBi, dropout and the like: what forward.cuh runs.
+// What forward.cuh runs: 16-bit.
 template <int BLOCK_M, int BLOCK_N>
 struct ForwardRow {
   static constexpr bool kCovered = true;
