@@ -31,7 +31,7 @@ def same(first, second):
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("dim", [32, 64, 128])
+@pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("name", MODES)
 def test_batch_does_not_matter(device, dtype, name, dim):
     q, k, v = random_qkv(device, dtype, 8, 70, 150, heads_kv=2, dim=dim)
@@ -57,7 +57,7 @@ def test_heads_do_not_matter(device, dtype):
         assert same(alone, slices)
 
 
-@pytest.mark.parametrize("dim", [32, 64, 128])
+@pytest.mark.parametrize("dim", [64, 128])
 def test_packing_does_not_matter(device, dtype, dim):
     lengths_q, lengths_k = [70, 3, 231], [150, 64, 131]
     q, k, v, where = random_packed(device, dtype, lengths_q, lengths_k, dim=dim)
@@ -83,7 +83,7 @@ def test_padding_does_not_matter(device, dtype):
         assert torch.equal(flash_attn_with_kvcache(q, k, v, cache_seqlens=used, causal=True), alone)
 
 
-@pytest.mark.parametrize("dim", [32, 64, 128])
+@pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("blocks", [1, 2])
 @pytest.mark.parametrize("name", MODES)
 def test_schedule_does_not_matter(device, dtype, name, blocks, dim):

@@ -30,9 +30,9 @@ def test_features(device, dtype, name):
 
 @pytest.mark.parametrize("name", ["full", "causal", "window", "everything"])
 @pytest.mark.parametrize("lengths", [(1, 1), (1, 200), (3, 130), (64, 64), (65, 63), (128, 129), (200, 7), (257, 400)])
-@pytest.mark.parametrize("dtype, dim", [("float32", 32), ("bfloat16", 64), ("float16", 128), ("bfloat16", 256)])
-def test_lengths(device, lengths, name, dtype, dim):
-    q, k, v = random_qkv(device, getattr(torch, dtype), 2, *lengths, heads_q=2, dim=dim)
+@pytest.mark.parametrize("element, dim", [("float32", 32), ("bfloat16", 64), ("float16", 128), ("bfloat16", 256)])
+def test_lengths(device, lengths, name, element, dim):
+    q, k, v = random_qkv(device, getattr(torch, element), 2, *lengths, heads_q=2, dim=dim)
     check(q, k, v, **feature(name, q))
 
 
