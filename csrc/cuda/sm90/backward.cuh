@@ -270,19 +270,17 @@ struct Backward {
       hold(scores.value);
       hold(gradient.value);
       differentiate_modified(step, query, scores, gradient);
-      if (MASKED) hide(query, scores);
     } else {
       wgmma_wait<1>();
       hold(scores.value);
       exponentiate(stage, float(p.softmax_scale) * float(kLog2E), scores);
-      if (MASKED) hide(query, scores);
       wgmma_wait<0>();
       hold(gradient.value);
       for_each_with(delta(stage), [&](int reg, float delta) {
         gradient[reg] = scores[reg] * (gradient[reg] - delta);
       });
     }
-    if (MASKED) hide(query, gradient);
+    if (MASKED) hide(query, scores, gradient);
     Factor probabilities(scores);
     multiply_rows(dv, probabilities, do_address(stage));
 
@@ -420,18 +418,27 @@ struct Backward {
     }
   }
 
-  FA_DEVICE void hide(int query, Scores& scores) {
-    const int lane_col = int(threadIdx.x) % 4 * 2;
-    IntRows begin, end;
-    IntRows::for_each([&](int slot, int row, bool) {
-      const int key = work.key_begin + row;
-      const bool exists = key < seq.len_k;
-      begin[slot] = mask.queries_begin(key) - query - lane_col;
-      end[slot] = exists ? mask.queries_end(key + 1) - query - lane_col : 0x80000000;
-    });
-    Scores::for_each([&](int slot, int, int col, int reg) {
-      if (col - lane_col < begin[slot] || col - lane_col >= end[slot]) scores[reg] = 0;
-    });
+  // Ends are relative to a lane's first query: one comparison with a constant for each element and end.
+  FA_DEVICE void hide(int query, Scores& scores, Scores& gradient) {
+    const int lane_col = int(threadIdx.x) % 4 * 2, origin = query + lane_col;
+    const auto hide_if = [&](IntRows& bound, auto&& hidden) {
+      Scores::for_each([&](int slot, int, int col, int reg) {
+        if (hidden(col - lane_col, bound[slot])) scores[reg] = gradient[reg] = 0;
+      });
+    };
+    if (query < mask.queries_begin(work.key_begin + kN - 1)) {
+      IntRows begin;
+      IntRows::for_each([&](int slot, int row, bool) { begin[slot] = mask.queries_begin(work.key_begin + row) - origin; });
+      hide_if(begin, [](int col, int begin) { return col < begin; });
+    }
+    if (query + kM > mask.queries_end(work.key_begin + 1) || work.key_begin + kN > mask.len_k) {
+      IntRows end;
+      IntRows::for_each([&](int slot, int row, bool) {
+        const int key = work.key_begin + row;
+        end[slot] = (key < mask.len_k ? mask.queries_end(key + 1) : query) - origin;
+      });
+      hide_if(end, [](int col, int end) { return col >= end; });
+    }
   }
 
   FA_DEVICE void write(KeyGradient& gradient, const TensorRef& dst, float scale) {
