@@ -83,6 +83,7 @@ struct BackwardParams : AttentionParams {
   RowsRef delta;                  // rowsum(dout * out) - dlse, written by the preprocess kernel
   void* dq_accum;                 // accum, in fragment order: see backward_workspace
   int32_t* dq_turn;               // [batch, heads_q, query blocks], zero on entry; null: order is free
+  uint32_t* blocks_taken;         // zero on entry: how many blocks the thread blocks of a persistent kernel took
   bool deterministic;
 };
 

@@ -287,6 +287,7 @@ size_t dq_accum_bytes(const BackwardParams& p, const KernelInfo& kernel) {
   return align(size_t(p.heads_q) * query_blocks(p, kernel.block_m) * kernel.block_m * kernel.key.head_dim *
                sizeof(float));
 }
+size_t blocks_taken_bytes(const KernelInfo& kernel) { return kernel.launch != nullptr ? align(sizeof(uint32_t)) : 0; }
 size_t dq_turn_bytes(const BackwardParams& p, const KernelInfo& kernel) {
   return p.deterministic ? align(size_t(p.heads_q) * query_blocks(p, kernel.block_m) * sizeof(int32_t)) : 0;
 }
@@ -300,16 +301,19 @@ Workspace plan_backward(BackwardParams& p, const Queue& queue) {
   const int64_t head_bytes =
       2 * (int64_t(p.seqlen_q) * group + p.seqlen_k) * p.head_dim * int64_t(element_bytes(p.dtype));
   p.head_group = choose_head_group(head_bytes, int64_t(p.heads_kv) * p.batch, queue);
-  return {dq_accum_bytes(p, kernel) + dq_turn_bytes(p, kernel)};
+  return {dq_accum_bytes(p, kernel) + dq_turn_bytes(p, kernel) + blocks_taken_bytes(kernel)};
 }
 
 void backward(BackwardParams p, void* workspace, const Queue& queue) {
   use_device(queue);
   const KernelInfo& kernel = backward_kernel(p, queue);
   const size_t accum_bytes = dq_accum_bytes(p, kernel), turn_bytes = dq_turn_bytes(p, kernel);
+  const size_t taken_bytes = blocks_taken_bytes(kernel);
+  char* const counters = static_cast<char*>(workspace) + accum_bytes;
   p.dq_accum = workspace;
-  p.dq_turn = p.deterministic ? reinterpret_cast<int32_t*>(static_cast<char*>(workspace) + accum_bytes) : nullptr;
-  check(cudaMemsetAsync(workspace, 0, accum_bytes + turn_bytes, static_cast<cudaStream_t>(queue.stream)),
+  p.dq_turn = p.deterministic ? reinterpret_cast<int32_t*>(counters) : nullptr;
+  p.blocks_taken = reinterpret_cast<uint32_t*>(counters + turn_bytes);
+  check(cudaMemsetAsync(workspace, 0, accum_bytes + turn_bytes + taken_bytes, static_cast<cudaStream_t>(queue.stream)),
         "clearing the accumulator of dQ");
   launch(preprocess_kernel(p, queue), p, queue);
   launch(kernel, p, queue);

@@ -28,6 +28,9 @@ struct Backward {
   static constexpr int kD = D, kM = Tuning::kBlockM, kN = 128, kStages = 2;
   static constexpr int kBlockM = kM, kBlockN = kN;
   static constexpr int kGroups = 2, kWarps = 8, kComputing = 256, kThreads = 384;
+  // Of the 168 that each thread is launched with: what the computing warpgroups take, the third gives.
+  static constexpr int kComputingRegisters = 232, kLoadingRegisters = 40;
+  static_assert(kGroups * kComputingRegisters + kLoadingRegisters <= 65536 / kThreads / 8 * 8 * 3);
 
   using A = Sm80::Block<kWarps>;
   using Scores = sm80::Accumulator<float, kN, kM, kWarps, kWarps>;  // [keys, queries]
@@ -45,9 +48,13 @@ struct Backward {
   static constexpr int kRowsAt = kDqAt + 2 * kDqBytes, kBarriersAt = kRowsAt + kStages * kRowsBytes;
 
   struct Barriers {
-    Barrier keys_full, full[kStages], free[kStages], ds_full, dq_full[2], dq_free[2];
+    Barrier next_full[2], next_free[2], keys_full, keys_free, full[kStages], free[kStages], ds_full, dq_full[2],
+        dq_free[2];
+    uint32_t next[2];  // blocks to be done, from the warp that loads
   };
-  static constexpr int kSharedBytes = kBarriersAt + 128, kStashBytes = 0;
+  static constexpr int kBarrierBytes = 128;
+  static_assert(sizeof(Barriers) <= kBarrierBytes);
+  static constexpr int kSharedBytes = kBarriersAt + kBarrierBytes, kStashBytes = 0;
 
   struct Launched {
     BackwardParams p;
@@ -69,30 +76,39 @@ struct Backward {
     return int64_t(ceil_div(p.seqlen_k, kN)) * p.heads_kv * p.batch;
   }
   static void launch(const void* params, int64_t blocks, int shared_bytes, void* stream) {
-    launch_blocks<Backward>(params, blocks, shared_bytes, stream);
+    launch_blocks<Backward>(params, std::min<int64_t>(blocks, multiprocessors()), shared_bytes, stream);
   }
   static const void* device() { return reinterpret_cast<const void*>(&run_blocks<Backward>); }
 
   const Launched& launched;
   const BackwardParams& p;
-  const BackwardWork<kN> work;
-  const Sequence seq;
-  const Mask mask;
   const int group;  // query heads per KV head
-  const QueryWalk<kM, kN> walk;
   char* const shared;
   Barriers& barriers;
+
+  // The block at hand.
+  BackwardWork<kN> work;
+  Sequence seq;
+  Mask mask;
+  QueryWalk<kM, kN> walk;
 
   FA_DEVICE Backward(const Launched& launched, char* shared)
       : launched(launched),
         p(launched.p),
+        group(p.heads_q / p.heads_kv),
+        shared(shared),
+        barriers(*reinterpret_cast<Barriers*>(shared + kBarriersAt)),
         work(p, blockIdx.x),
         seq(p, work.batch),
         mask(p, seq),
-        group(p.heads_q / p.heads_kv),
-        walk(mask, work.key_begin),
-        shared(shared),
-        barriers(*reinterpret_cast<Barriers*>(shared + kBarriersAt)) {}
+        walk(mask, work.key_begin) {}
+  FA_DEVICE void take(uint32_t block) {
+    work = BackwardWork<kN>(p, block);
+    seq = Sequence(p, work.batch);
+    mask = Mask(p, seq);
+    walk = QueryWalk<kM, kN>(mask, work.key_begin);
+  }
+  FA_DEVICE int steps() const { return group * walk.steps; }
 
   FA_DEVICE uint32_t k_address() const { return shared_address(shared); }
   FA_DEVICE uint32_t v_address() const { return k_address() + kKBytes; }
@@ -107,100 +123,139 @@ struct Backward {
   FA_DEVICE void run() {
     if (threadIdx.x == 0) {
       barriers.keys_full.init(1);
+      barriers.keys_free.init(kWarps);
       for (int stage = 0; stage < kStages; ++stage) {
         barriers.full[stage].init(32);  // every lane that loads rows
         barriers.free[stage].init(kWarps * 32);  // every lane that has read rows
       }
       barriers.ds_full.init(kWarps);
       for (int buffer = 0; buffer < 2; ++buffer) {
+        barriers.next_full[buffer].init(1);
+        barriers.next_free[buffer].init(kComputing + 2);  // every thread that reads it
         barriers.dq_full[buffer].init(kWarps);
         barriers.dq_free[buffer].init(1);
       }
       fence_barrier_init();
     }
     __syncthreads();
-    const int steps = group * walk.steps;
     if (threadIdx.x >= kComputing) {
-      keep_registers<24>();
+      keep_registers<kLoadingRegisters>();
       const int warp = (int(threadIdx.x) - kComputing) / 32;
-      if (warp == 0) load(steps);
-      if ((warp == 1 || warp == 2) && threadIdx.x % 32 == 0) add_up(steps, warp - 1);
+      if (warp == 0) load();
+      if ((warp == 1 || warp == 2) && threadIdx.x % 32 == 0) add_up(warp - 1);
     } else {
-      take_registers<240>();
-      clear_spare_rows<A>(p, p.cu_seqlens_k, p.total_k, work.batch, work.key_begin / kN, ceil_div(p.seqlen_k, kN),
-                          [&](int64_t row, int col) {
-                            head_rows<T>(p.dk, 0, work.kv_head, row)[col] = T{};
-                            head_rows<T>(p.dv, 0, work.kv_head, row)[col] = T{};
-                          });
-      if (work.key_begin < seq.stored_k) compute(steps);
+      take_registers<kComputingRegisters>();
+      compute();
     }
   }
 
-  // The position in the walk: heads of the group in turn, each over its visible query blocks.
+  // The thread block's n-th block is told to those who compute and add up: kNone, or one that they then take.
+  static constexpr uint32_t kNone = 0xffffffffu;
+  FA_DEVICE void tell(uint32_t n, uint32_t block) {
+    barriers.next_free[n % 2].wait(n / 2 % 2 ^ 1);
+    if (!first_lane()) return;
+    barriers.next[n % 2] = block;
+    barriers.next_full[n % 2].arrive();
+  }
+  FA_DEVICE uint32_t told(uint32_t n) {
+    barriers.next_full[n % 2].wait(n / 2 % 2);
+    const uint32_t block = *const_cast<volatile uint32_t*>(&barriers.next[n % 2]);
+    barriers.next_free[n % 2].arrive();
+    return block;
+  }
+
+  // The position in a block's walk: heads of the group in turn, each over its visible query blocks. Steps are counted on
+  // through all blocks: a step's number says which stage, which buffers and which phase of their barriers it uses.
   struct Step {
-    int head, index, stage = 0;
-    uint32_t phase = 0;
-    FA_DEVICE Step(int head) : head(head), index(0) {}
+    int head, index = 0;
+    FA_DEVICE Step(int head) : head(head) {}
     FA_DEVICE void next(int steps) {
       if (++index == steps) {
         index = 0;
         ++head;
       }
-      stage ^= 1;
-      if (stage == 0) phase ^= 1;
     }
   };
   static_assert(kStages == 2);
 
-  FA_DEVICE void load(int steps) {
-    if (steps == 0) return;
-    const int lane = int(threadIdx.x) % 32, batch = p.cu_seqlens_q ? 0 : work.batch;
-    if (lane == 0) {
+  FA_DEVICE void load() {
+    if (first_lane()) {
       prefetch(launched.q);
       prefetch(launched.dout);
-      barriers.keys_full.arrive_expecting(2 * kKBytes);
-      for (int panel = 0; panel < kPanels; ++panel) {
-        const int row = int(seq.first_k) + work.key_begin;
-        load_box(k_address() + panel * kKPanel, launched.k, barriers.keys_full, panel * 64, row, work.kv_head, batch);
-        load_box(v_address() + panel * kKPanel, launched.v, barriers.keys_full, panel * 64, row, work.kv_head, batch);
-      }
     }
+    const uint32_t blocks = uint32_t(Backward::blocks(p));
+    uint32_t i = 0, loads = 0, block = blockIdx.x;
+    for (uint32_t n = 0; block < blocks; ++n) {
+      tell(n, block);
+      take(block);
+      if (steps() > 0) load_keys(loads++);
+      load_queries(i);
+      if (first_lane()) block = gridDim.x + atomicAdd(p.blocks_taken, 1);
+      block = __shfl_sync(0xffffffffu, block, 0);
+      if (block >= blocks) tell(n + 1, kNone);
+    }
+  }
+
+  FA_DEVICE void load_keys(uint32_t load) {
+    barriers.keys_free.wait(load % 2 ^ 1);
+    if (!first_lane()) return;
+    const int row = int(seq.first_k) + work.key_begin, batch = p.cu_seqlens_q ? 0 : work.batch;
+    barriers.keys_full.arrive_expecting(2 * kKBytes);
+    for (int panel = 0; panel < kPanels; ++panel) {
+      load_box(k_address() + panel * kKPanel, launched.k, barriers.keys_full, panel * 64, row, work.kv_head, batch);
+      load_box(v_address() + panel * kKPanel, launched.v, barriers.keys_full, panel * 64, row, work.kv_head, batch);
+    }
+  }
+
+  // From step i on.
+  FA_DEVICE void load_queries(uint32_t& i) {
+    const int lane = int(threadIdx.x) % 32, batch = p.cu_seqlens_q ? 0 : work.batch;
     Step step(work.kv_head * group);
-    for (int left = steps; left > 0; --left, step.next(walk.steps)) {
-      const int query = walk.query(step.index), rows = seq.len_q - query;
-      Barrier& full = barriers.full[step.stage];
+    for (int left = steps(); left > 0; --left, ++i, step.next(walk.steps)) {
+      const int query = walk.query(step.index), rows = seq.len_q - query, stage = int(i % 2);
+      Barrier& full = barriers.full[stage];
       const float* lse = head_rows<const float>(p.lse, work.batch, step.head, seq.first_q + query);
       const float* deltas = head_rows<const float>(p.delta, work.batch, step.head, seq.first_q + query);
       float lse_values[kM / 32], delta_values[kM / 32];
       FA_UNROLL
-      for (int i = 0; i < kM / 32; ++i) {
-        const bool inside = i * 32 + lane < rows;
-        lse_values[i] = inside ? lse[i * 32 + lane] : infinity<float>();
-        delta_values[i] = inside ? deltas[i * 32 + lane] : 0.0f;
+      for (int part = 0; part < kM / 32; ++part) {
+        const bool inside = part * 32 + lane < rows;
+        lse_values[part] = inside ? lse[part * 32 + lane] : infinity<float>();
+        delta_values[part] = inside ? deltas[part * 32 + lane] : 0.0f;
       }
-      barriers.free[step.stage].wait(step.phase ^ 1);
+      barriers.free[stage].wait(i / 2 % 2 ^ 1);
       if (lane == 0) {
         full.expect(2 * kQBytes);
         for (int panel = 0; panel < kPanels; ++panel) {
           const int row = int(seq.first_q) + query;
-          load_box(q_address(step.stage) + panel * kQPanel, launched.q, full, panel * 64, row, step.head, batch);
-          load_box(do_address(step.stage) + panel * kQPanel, launched.dout, full, panel * 64, row, step.head, batch);
+          load_box(q_address(stage) + panel * kQPanel, launched.q, full, panel * 64, row, step.head, batch);
+          load_box(do_address(stage) + panel * kQPanel, launched.dout, full, panel * 64, row, step.head, batch);
         }
       }
       FA_UNROLL
-      for (int i = 0; i < kM / 32; ++i) {
-        negated_lse(step.stage)[i * 32 + lane] = lse_values[i] * -float(kLog2E);
-        delta(step.stage)[i * 32 + lane] = delta_values[i];
+      for (int part = 0; part < kM / 32; ++part) {
+        negated_lse(stage)[part * 32 + lane] = lse_values[part] * -float(kLog2E);
+        delta(stage)[part * 32 + lane] = delta_values[part];
       }
       full.arrive();
     }
   }
 
   // Adds the dQ of every other step to device memory: in any order, or when it is this thread block's turn.
-  FA_DEVICE void add_up(int steps, int buffer) {
+  FA_DEVICE void add_up(int buffer) {
+    uint32_t i = 0;
+    for (uint32_t n = 0;; ++n) {
+      const uint32_t block = told(n);
+      if (block == kNone) break;
+      take(block);
+      add_up(buffer, i);
+    }
+    wait_reduced<false>();
+  }
+  FA_DEVICE void add_up(int buffer, uint32_t& i) {
     Step step(work.kv_head * group);
-    for (int i = 0; i < steps; ++i, step.next(walk.steps)) {
-      if (i % 2 != buffer) continue;
+    for (int left = steps(); left > 0; --left, ++i, step.next(walk.steps)) {
+      if (i % 2 != uint32_t(buffer)) continue;
       const int query = walk.query(step.index);
       const int64_t block = step.head * query_blocks(p, kM) + first_query_block(p, work.batch, seq.first_q, kM) +
                             query / kM;
@@ -218,47 +273,63 @@ struct Backward {
         sm80::add_release(p.dq_turn + block, 1);
       }
     }
-    wait_reduced<false>();
   }
 
-  FA_DEVICE void compute(int steps) {
+  FA_DEVICE void compute() {
+    uint32_t i = 0, loads = 0;
+    for (uint32_t n = 0;; ++n) {
+      const uint32_t block = __shfl_sync(0xffffffffu, told(n), 0);  // the same in all lanes, and the compiler knows
+      if (block == kNone) return;
+      take(block);
+      clear_spare_rows<A>(p, p.cu_seqlens_k, p.total_k, work.batch, work.key_begin / kN, ceil_div(p.seqlen_k, kN),
+                          [&](int64_t row, int col) {
+                            head_rows<T>(p.dk, 0, work.kv_head, row)[col] = T{};
+                            head_rows<T>(p.dv, 0, work.kv_head, row)[col] = T{};
+                          });
+      if (work.key_begin < seq.stored_k) compute(i, loads);
+    }
+  }
+
+  FA_DEVICE void compute(uint32_t& i, uint32_t& loads) {
     KeyGradient dk, dv;
     dk.fill(0);
     dv.fill(0);
-    if (steps > 0) {
+    if (steps() > 0) {
       // Rows behind a sequence's last may be another's, or hold anything: 0 * NaN is NaN.
       const bool foreign = p.cu_seqlens_q != nullptr || p.seqused_k != nullptr;
-      barriers.keys_full.wait(0);
+      barriers.keys_full.wait(loads++ % 2);
       if (foreign && seq.len_k - work.key_begin < kN) clear_rows<kPanels>(shared, kKPanel, seq.len_k - work.key_begin);
       Step step(work.kv_head * group);
-      for (int i = 0; i < steps; ++i, step.next(walk.steps)) {
-        const int query = walk.query(step.index);
-        barriers.full[step.stage].wait(step.phase);
+      for (int left = steps(); left > 0; --left, ++i, step.next(walk.steps)) {
+        const int query = walk.query(step.index), stage = int(i % 2);
+        barriers.full[stage].wait(i / 2 % 2);
         if (foreign && seq.len_q - query < kM) {
-          char* const q = shared + kQAt + step.stage * 2 * kQBytes;
+          char* const q = shared + kQAt + stage * 2 * kQBytes;
           clear_rows<kPanels>(q, kQPanel, seq.len_q - query);
           clear_rows<kPanels>(q + kQBytes, kQPanel, seq.len_q - query);
         }
+        const bool first = left == steps();
         if (mask.all_visible(query, query + kM, work.key_begin, work.key_begin + kN)) {
-          visit<false>(step, query, i, dk, dv);
+          visit<false>(step.head, query, i, first, dk, dv);
         } else {
-          visit<true>(step, query, i, dk, dv);
+          visit<true>(step.head, query, i, first, dk, dv);
         }
       }
-      barriers.ds_full.wait((steps - 1) % 2);
+      barriers.ds_full.wait((i - 1) % 2);
       float dq[QueryGradient::kRegs];
-      multiply_queries(dq, ds_address((steps - 1) % 2));
+      multiply_queries(dq, ds_address((i - 1) % 2));
       wgmma_wait<0>();
       hold(dq);
-      pass_on(dq, steps - 1);
+      if (first_lane()) barriers.keys_free.arrive();
+      pass_on(dq, i - 1);
     }
-    write(dv, p.dv, 1.0f);
-    write(dk, p.dk, float(p.softmax_scale));
+    write(dv, p.dv, 1.0f, i);
+    write(dk, p.dk, float(p.softmax_scale), i);
   }
 
   template <bool MASKED>
-  FA_DEVICE void visit(const Step& step, int query, int i, KeyGradient& dk, KeyGradient& dv) {
-    const int stage = step.stage;
+  FA_DEVICE void visit(int head, int query, uint32_t i, bool first, KeyGradient& dk, KeyGradient& dv) {
+    const int stage = int(i % 2);
     Scores scores, gradient;
     hold(scores.value);
     hold(gradient.value);
@@ -269,7 +340,7 @@ struct Backward {
       wgmma_wait<0>();
       hold(scores.value);
       hold(gradient.value);
-      differentiate_modified(step, query, scores, gradient);
+      differentiate_modified(head, query, stage, scores, gradient);
     } else {
       wgmma_wait<1>();
       hold(scores.value);
@@ -286,16 +357,16 @@ struct Backward {
 
     // dQ is one step behind, so that a warpgroup need not wait here for the other's dS.
     Factor differences(gradient);
-    if (i > 0) barriers.ds_full.wait((i - 1) % 2);
+    if (!first) barriers.ds_full.wait((i - 1) % 2);
     put(differences, ds_address(i % 2));
     fence_async_proxy();
     float dq[QueryGradient::kRegs];
-    multiply_queries(dq, ds_address((i - 1) & 1));  // for i = 0 of whatever is there
+    multiply_queries(dq, ds_address((i - 1) % 2));  // of whatever is there in a block's first step
     multiply_rows(dk, differences, q_address(stage));
     wgmma_wait<1>();
     hold(dq);
     hold(dv.value);
-    if (i > 0) pass_on(dq, i - 1);
+    if (!first) pass_on(dq, i - 1);
     wgmma_wait<0>();
     hold(dk.value);
     barriers.free[stage].arrive();
@@ -323,10 +394,10 @@ struct Backward {
   }
 
   // Raw scores to the probabilities that dV needs, dP to dS.
-  FA_DEVICE void differentiate_modified(const Step& step, int query, Scores& scores, Scores& gradient) {
+  FA_DEVICE void differentiate_modified(int head, int query, int stage, Scores& scores, Scores& gradient) {
     // ALiBi's distance is the same seen from the key.
-    const ScoreModifier<T, SCORED> modifier(p, work.batch, step.head, -mask.shift);
-    const Dropout dropout(p, work.batch, step.head);
+    const ScoreModifier<T, SCORED> modifier(p, work.batch, head, -mask.shift);
+    const Dropout dropout(p, work.batch, head);
     const float kept = dropout.enabled() ? 1.0f / (1.0f - float(p.dropout_p)) : 1.0f;
     uint32_t keep[Scores::kRegs / 32];
     if (dropout.enabled()) {
@@ -335,9 +406,9 @@ struct Backward {
         gradient[reg] = keep[reg / 32] >> (reg % 32) & 1 ? gradient[reg] * kept : 0.0f;
       });
     }
-    for_each_with(delta(step.stage), [&](int reg, float delta) { gradient[reg] -= delta; });
+    for_each_with(delta(stage), [&](int reg, float delta) { gradient[reg] -= delta; });
     modifier.apply(scores, work.key_begin, query, [&](int reg, float derivative) { gradient[reg] *= derivative; });
-    exponentiate(step.stage, modifier.scale_log2(), scores);
+    exponentiate(stage, modifier.scale_log2(), scores);
     Scores::for_each([&](int, int, int, int reg) { gradient[reg] *= scores[reg]; });
     if (dropout.enabled()) {
       Scores::for_each([&](int, int, int, int reg) {
@@ -371,7 +442,7 @@ struct Backward {
   }
 
   // dQ's fragments to the warp that adds them up.
-  FA_DEVICE void pass_on(const float (&dq)[QueryGradient::kRegs], int i) {
+  FA_DEVICE void pass_on(const float (&dq)[QueryGradient::kRegs], uint32_t i) {
     barriers.dq_free[i % 2].wait(i / 2 % 2 ^ 1);
     FA_UNROLL
     for (int reg = 0; reg < QueryGradient::kRegs; reg += 4) {
@@ -441,13 +512,13 @@ struct Backward {
     }
   }
 
-  FA_DEVICE void write(KeyGradient& gradient, const TensorRef& dst, float scale) {
+  FA_DEVICE void write(KeyGradient& gradient, const TensorRef& dst, float scale, uint32_t i) {
     KeyGradient::for_each([&](int, int, int, int reg) { gradient[reg] *= scale; });
     const int row = int(threadIdx.x) / 32 * 16;
     constexpr int kCols = 32;
     static_assert(kTurnBytes<kCols> <= 16 * 128);
-    // A warp's rows of V: only it and its warpgroup, which is past that, read them.
-    char* const scratch = shared + kKBytes + row * 128;
+    // A warp's rows of the next step's dS: nobody reads them any more, and only the warp will write them.
+    char* const scratch = shared + kDsAt + i % 2 * kDsBytes + row * 128;
     T* const to = head_rows<T>(dst, work.batch, work.kv_head, seq.first_k + work.key_begin + row);
     FA_UNROLL
     for (int col = 0; col < D; col += kCols) {
