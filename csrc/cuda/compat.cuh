@@ -191,8 +191,8 @@ FA_DEVICE float reciprocal(float x) {  // on a GPU within a unit in the last pla
 #endif
 }
 
-// tanh(x) from 2 log2(e) x. For 16-bit elements: within 2e-7 of 1, rather than of the result; on a GPU a fraction of the
-// instructions.
+// tanh(x) from 2 log2(e) x. For 16-bit elements: within 2e-7 of 1, rather than of the result; on a GPU a fraction of
+// the instructions.
 FA_DEVICE float tanh_fast(float x) {
 #if FA_GPU
   return fma_rn(-2.0f, reciprocal(exp2_fast(x) + 1.0f), 1.0f);

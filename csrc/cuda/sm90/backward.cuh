@@ -1,7 +1,8 @@
 // The backward on Hopper, kernels/backward.cuh with roles for warps (FlashAttention-3, arXiv 2407.08608): one loads,
 // two in turn add dQ to device memory, waiting until they may where the order is fixed, and two warpgroups of 64 keys
-// each compute. They work on transposed scores, S^T = K Q^T: P^T and dS^T are then left factors in registers, and only
-// dS^T goes through shared memory, for dQ = dS K.
+// each compute. They work on transposed scores, S^T = K Q^T: P^T and dS^T are then left factors in registers, and
+// only dS^T goes through shared memory, for dQ = dS K. Thread blocks are persistent: the next block's keys and queries
+// arrive while the last one's gradients are written.
 #pragma once
 
 #include "../attention/dropout.cuh"
@@ -28,9 +29,9 @@ struct Backward {
   static constexpr int kD = D, kM = Tuning::kBlockM, kN = 128, kStages = 2;
   static constexpr int kBlockM = kM, kBlockN = kN;
   static constexpr int kGroups = 2, kWarps = 8, kComputing = 256, kThreads = 384;
-  // Of the 168 that each thread is launched with: what the computing warpgroups take, the third gives.
+  // A thread is launched with 168. What two warpgroups take the third must give, or they wait for ever.
   static constexpr int kComputingRegisters = 232, kLoadingRegisters = 40;
-  static_assert(kGroups * kComputingRegisters + kLoadingRegisters <= 65536 / kThreads / 8 * 8 * 3);
+  static_assert(kGroups * kComputingRegisters + kLoadingRegisters <= 3 * 168);
 
   using A = Sm80::Block<kWarps>;
   using Scores = sm80::Accumulator<float, kN, kM, kWarps, kWarps>;  // [keys, queries]
@@ -164,8 +165,8 @@ struct Backward {
     return block;
   }
 
-  // The position in a block's walk: heads of the group in turn, each over its visible query blocks. Steps are counted on
-  // through all blocks: a step's number says which stage, which buffers and which phase of their barriers it uses.
+  // The position in a block's walk: heads of the group in turn, each over its visible query blocks. Steps are counted
+  // on through all blocks: a step's number says which stage, which buffers and which phase of their barriers it uses.
   struct Step {
     int head, index = 0;
     FA_DEVICE Step(int head) : head(head) {}
@@ -417,8 +418,8 @@ struct Backward {
     }
   }
 
-  // A bit for each register: whether dropout keeps it. A lane's keys r and r + 8 are of one parity, so it has half of the
-  // patch of queries c, c + 8, and half of that of c + 1, c + 9; a neighbour has the others, and works out one of them.
+  // A bit for each register: whether dropout keeps it. A lane's keys r and r + 8 are of one parity, so it has half of
+  // the patch of queries c, c + 8, and half of that of c + 1, c + 9; a neighbour has the others. Each works out one.
   FA_DEVICE void keep_bits(const Dropout& dropout, int query, uint32_t (&keep)[Scores::kRegs / 32]) {
     FA_UNROLL
     for (uint32_t& bits : keep) bits = 0;
@@ -499,7 +500,9 @@ struct Backward {
     };
     if (query < mask.queries_begin(work.key_begin + kN - 1)) {
       IntRows begin;
-      IntRows::for_each([&](int slot, int row, bool) { begin[slot] = mask.queries_begin(work.key_begin + row) - origin; });
+      IntRows::for_each([&](int slot, int row, bool) {
+        begin[slot] = mask.queries_begin(work.key_begin + row) - origin;
+      });
       hide_if(begin, [](int col, int begin) { return col < begin; });
     }
     if (query + kM > mask.queries_end(work.key_begin + 1) || work.key_begin + kN > mask.len_k) {

@@ -1,8 +1,8 @@
 // The forward on Hopper (FlashAttention-3, arXiv 2407.08608): a warp keeps the copy engine busy, and two or three
 // warpgroups of 64 query rows each compute. A warpgroup issues the next block's Q K^T before this block's P V, and its
-// softmax runs under its own multiplies and the others'. Thread blocks are persistent. Warpgroups share a tile's keys and
-// nothing else: each has its own Q, leaves out the blocks that none of its rows sees, and goes on to the next tile while
-// the others end the last. The arithmetic, and so every bit, is that of kernels/forward.cuh.
+// softmax runs under its own multiplies and the others'. Thread blocks are persistent. Warpgroups share a tile's keys
+// and nothing else: each has its own Q, leaves out the blocks that none of its rows sees, and goes on to the next tile
+// while the others end the last. The arithmetic, and so every bit, is that of kernels/forward.cuh.
 #pragma once
 
 #include "../attention/dropout.cuh"
@@ -169,8 +169,8 @@ struct Forward {
     Share share;
   };
 
-  // A tile's number: its place among the messages, and the phase of its Q. Two messages before it are being read; the
-  // third is not, for every warpgroup has released the Q of the tile after that.
+  // A tile's number: its place among the messages, and the phase of its Q. A tile's message is written when every
+  // warpgroup has released the Q of the tile before last, and so left the third last.
   struct Turn {
     uint32_t number = 0;
     FA_DEVICE void step() { ++number; }
