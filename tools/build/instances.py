@@ -204,8 +204,8 @@ def instances(machine: Machine, config: Config) -> Iterator[Instance]:
                 yield Instance(machine, family, dtype, *row)
     yield from performance_instances(machine, config)
     for family in FAMILIES:
-        sizes = dict(machine.scored).get(family.name, ())
-        for dtype, size in product(("fp16", "bf16"), sizes):
+        own = dict(machine.scored).get(family.name, ())
+        for dtype, size in product(("fp16", "bf16"), own):
             if config.wants(dtype, size):
                 yield Instance(machine, family, dtype, size, modified=True, scored=True)
 
