@@ -87,7 +87,7 @@ struct Backward {
   char* const shared;
   Barriers& barriers;
 
-  // The block at hand.
+  // The block at hand, once take() has been called.
   BackwardWork<kN> work;
   Sequence seq;
   Mask mask;
