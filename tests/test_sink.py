@@ -22,7 +22,7 @@ def test_gradient(device, dtype, causal, sink_dtype):
     (plain,) = gradients(attention_reference(q, k, v, causal=causal, s_aux=sink).out, (sink,), dout)
     wide = sink.detach().double().requires_grad_()
     (expected,) = gradients(exact(q, k, v, causal=causal, s_aux=wide).out, (wide,), dout.double())
-    # The formula reads the rounded out and takes differences of large sums (rowsum(dout * out) over 100 rows of 32).
+    # The formula reads the rounded out and takes differences of large sums (rowsum(dout * out) over 100 rows).
     floor = 100 * q.shape[-1] ** 0.5 * torch.finfo(dtype).eps * float(out.detach().abs().max())
     assert float((actual.double() - expected).abs().max()) <= 2 * float((plain.double() - expected).abs().max()) + floor
 

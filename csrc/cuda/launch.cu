@@ -215,11 +215,14 @@ void make_rows_of_heads(ForwardParams& p) {
   p.rows_are_heads = true;
 }
 
-// Tiles that differ in length are taken by whichever multiprocessor comes free, and counted in device memory.
+// A kernel that brings its launcher is persistent, and counts in device memory the blocks that were taken.
+size_t blocks_taken_bytes(const KernelInfo& kernel) { return kernel.launch != nullptr ? align(sizeof(uint32_t)) : 0; }
+
+// Tiles that differ in length are taken by whichever multiprocessor comes free.
 size_t tiles_taken_bytes(const ForwardParams& p, const KernelInfo& kernel, const Queue& queue) {
   const bool differ = p.window_left >= 0 || p.window_right >= 0 || p.cu_seqlens_q != nullptr || p.seqused_k != nullptr;
   const bool many = kernel.blocks(&p) > device_attribute(cudaDevAttrMultiProcessorCount, queue);
-  return kernel.launch != nullptr && p.num_splits == 1 && differ && many ? align(sizeof(uint32_t)) : 0;
+  return p.num_splits == 1 && differ && many ? blocks_taken_bytes(kernel) : 0;
 }
 
 Workspace plan_forward(ForwardParams& p, const Queue& queue) {
@@ -287,7 +290,6 @@ size_t dq_accum_bytes(const BackwardParams& p, const KernelInfo& kernel) {
   return align(size_t(p.heads_q) * query_blocks(p, kernel.block_m) * kernel.block_m * kernel.key.head_dim *
                sizeof(float));
 }
-size_t blocks_taken_bytes(const KernelInfo& kernel) { return kernel.launch != nullptr ? align(sizeof(uint32_t)) : 0; }
 size_t dq_turn_bytes(const BackwardParams& p, const KernelInfo& kernel) {
   return p.deterministic ? align(size_t(p.heads_q) * query_blocks(p, kernel.block_m) * sizeof(int32_t)) : 0;
 }

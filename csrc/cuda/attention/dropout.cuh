@@ -12,6 +12,12 @@ namespace flash_attn {
 
 FA_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return uint32_t((uint64_t(a) * b) >> 32); }
 
+// What a probability that is kept is multiplied by.
+template <class Scalar>
+FA_DEVICE Scalar kept_scale(const AttentionParams& p) {
+  return p.dropout_p > 0 ? Scalar(1) / (Scalar(1) - Scalar(p.dropout_p)) : Scalar(1);
+}
+
 class Dropout {
  public:
   FA_DEVICE Dropout(const AttentionParams& p, int batch, int head)
@@ -59,7 +65,7 @@ class Dropout {
   FA_DEVICE bool keeps(uint32_t bits) const { return (bits & 0xffff) < threshold_; }
 
  private:
-  // The bits of the patch that (row, col) lies in.
+  // patch(), with the keys in the caller's registers.
   FA_DEVICE void random(const uint32_t (&key)[2], uint32_t sequence, uint32_t row, uint32_t col,
                         uint32_t (&out)[4]) const {
     uint32_t c0 = (row / 16) * 8 + row % 8, c1 = (col / 16) * 4 + (col % 8) / 2, c2 = sequence, c3 = offset_;

@@ -45,11 +45,6 @@ FA_DEVICE void finish_rows(const ForwardParams& p, const ForwardWork<BLOCK_M>& w
   });
 }
 
-template <class Rows, class Output>
-FA_DEVICE void scale_rows(Rows& scale, Output& output) {
-  Output::for_each([&](int slot, int, int, int reg) { output[reg] *= scale[slot]; });
-}
-
 // The block's chunk, not normalised, for Combine.
 template <class Scalar, class Rows, class Output, int BLOCK_M>
 FA_DEVICE void write_partial(const ForwardParams& p, const ForwardWork<BLOCK_M>& work, int rows,

@@ -1,6 +1,7 @@
 // Combine: folds the chunks that Forward's blocks left, in ascending order, with Forward's own arithmetic.
 #pragma once
 
+#include "../attention/dropout.cuh"
 #include "../attention/epilogue.cuh"
 #include "../tile/tile.cuh"
 
@@ -40,9 +41,8 @@ struct Combine {
       out = fma_rn(static_cast<const Scalar*>(p.partial_out)[at * p.head_dim + col], add, out * keep);
     }
     const RowResult<Scalar> result(max, sum, sink_of<Scalar>(p, head, row));
-    const Scalar kept = p.dropout_p > 0 ? Scalar(1) / (Scalar(1) - Scalar(p.dropout_p)) : Scalar(1);
     head_rows<T>(p.out, batch, head, seq.first_q)[row * p.out.row_stride + col] =
-        narrow<T>(out * (result.scale * kept));
+        narrow<T>(out * (result.scale * kept_scale<Scalar>(p)));
     if (col == 0) head_rows<Scalar>(p.lse, batch, head, seq.first_q)[row] = result.lse;
   }
 };

@@ -215,7 +215,7 @@ struct Forward {
     const Scalar kept = kModified && dropout.enabled() ? Scalar(1) / (Scalar(1) - Scalar(p.dropout_p)) : Scalar(1);
     Rows scale;
     finish_rows(p, work, seq, rows(), kept, softmax, scale);
-    scale_rows(scale, output);
+    softmax.apply(scale, output);
     if (kModified && p.s_dmask != nullptr) write_probabilities(softmax.sum);
 
     T* out = head_rows<T>(p.out, work.batch, work.head, seq.first_q + work.query_begin);

@@ -191,8 +191,7 @@ struct Backward {
       take(block);
       if (steps() > 0) load_keys(loads++);
       load_queries(i);
-      if (first_lane()) block = gridDim.x + atomicAdd(p.blocks_taken, 1);
-      block = __shfl_sync(0xffffffffu, block, 0);
+      block = take_block(p.blocks_taken);
       if (block >= blocks) tell(n + 1, kNone);
     }
   }
@@ -401,21 +400,20 @@ struct Backward {
     const Dropout dropout(p, work.batch, head);
     const float kept = dropout.enabled() ? 1.0f / (1.0f - float(p.dropout_p)) : 1.0f;
     uint32_t keep[Scores::kRegs / 32];
+    const auto drop = [&](Scores& x) {
+      Scores::for_each([&](int, int, int, int reg) {
+        x[reg] = keep[reg / 32] >> (reg % 32) & 1 ? x[reg] * kept : 0.0f;
+      });
+    };
     if (dropout.enabled()) {
       keep_bits(dropout, query, keep);
-      Scores::for_each([&](int, int, int, int reg) {
-        gradient[reg] = keep[reg / 32] >> (reg % 32) & 1 ? gradient[reg] * kept : 0.0f;
-      });
+      drop(gradient);
     }
     for_each_with(delta(stage), [&](int reg, float delta) { gradient[reg] -= delta; });
     modifier.apply(scores, work.key_begin, query, [&](int reg, float derivative) { gradient[reg] *= derivative; });
     exponentiate(stage, modifier.scale_log2(), scores);
     Scores::for_each([&](int, int, int, int reg) { gradient[reg] *= scores[reg]; });
-    if (dropout.enabled()) {
-      Scores::for_each([&](int, int, int, int reg) {
-        scores[reg] = keep[reg / 32] >> (reg % 32) & 1 ? scores[reg] * kept : 0.0f;
-      });
-    }
+    if (dropout.enabled()) drop(scores);
   }
 
   // A bit for each register: whether dropout keeps it. A lane's keys r and r + 8 are of one parity, so it has half of

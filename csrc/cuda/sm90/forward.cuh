@@ -222,10 +222,7 @@ struct Forward {
 
   // This thread block's next tile.
   FA_DEVICE uint32_t following(uint32_t tile) const {
-    if (p.tiles_taken == nullptr) return tile + gridDim.x;
-    uint32_t taken = 0;
-    if (first_lane()) taken = atomicAdd(p.tiles_taken, 1);
-    return gridDim.x + __shfl_sync(0xffffffffu, taken, 0);
+    return p.tiles_taken == nullptr ? tile + gridDim.x : take_block(p.tiles_taken);
   }
 
   // Messages without Q.
@@ -376,12 +373,15 @@ struct Forward {
     const Work& work = tile.work;
     const bool has_keys = share.has_keys(), folds = has_keys && share.has_chunks(p);
     const int rows = min_int(kM, tile.seq.len_q - work.query_begin);
-    const float kept = SCORED && p.dropout_p > 0 ? 1.0f / (1.0f - float(p.dropout_p)) : 1.0f;
+    const float kept = SCORED ? kept_scale<float>(p) : 1.0f;
     Rows scale;
+    const auto finish = [&] {
+      if (p.num_splits == 1) finish_rows(p, work, tile.seq, rows, kept, state.softmax, scale);
+    };
     if (has_keys && !folds) {
       multiply_last(share, state);
       state.softmax.finish();
-      if (p.num_splits == 1) finish_rows(p, work, tile.seq, rows, kept, state.softmax, scale);
+      finish();
       hold(scale.value);
       await_last(state);
     } else {
@@ -391,10 +391,10 @@ struct Forward {
       }
       state.softmax.finish();
       if (folds) fold_stash_into(state.output, state.softmax);
-      if (p.num_splits == 1) finish_rows(p, work, tile.seq, rows, kept, state.softmax, scale);
+      finish();
     }
     if (p.num_splits > 1) return write_partial(p, work, rows, state.softmax, state.output);
-    scale_rows(scale, state.output);
+    state.softmax.apply(scale, state.output);
     const int row = int(threadIdx.x) / 32 * 16;
     char* const room = this->room(may_fold(p) ? kStash : kOutBytes);
     T* out = head_rows<T>(p.out, work.batch, work.head, tile.seq.first_q + work.query_begin + row);
