@@ -30,6 +30,8 @@ struct Forward {
   static constexpr int kGroups = kM / 64, kWarps = 4 * kGroups;  // that compute; the producer is one more group
   static constexpr int kThreads = (kGroups + 1) * 128;
 
+  static constexpr bool kQueriesInRegisters = Tuning::kQueriesInRegisters;  // as a factor; else in shared memory
+
   using Work = ForwardWork<kM>;
   using Scores = sm80::Accumulator<float, kM, kN, kWarps, kWarps>;
   using Output = sm80::Accumulator<float, kM, D, kWarps, kWarps>;
@@ -297,6 +299,7 @@ struct Forward {
   struct State {
     Output output;
     OnlineSoftmax<float, Rows> softmax;
+    uint32_t queries[kQueriesInRegisters ? D / 16 : 1][4];
     Probabilities probabilities;  // of the last block, not multiplied yet
     Place place;                  // of the last block
   };
@@ -410,8 +413,9 @@ struct Forward {
     const int key = share.begin;
     Scores scores;
     Rows rescale;
+    if (kQueriesInRegisters) take_queries(state.queries);
     barriers.k_full[state.place.stage].wait(state.place.phase);
-    multiply_scores(scores, state.place.stage);
+    multiply_scores(scores, state.queries, state.place.stage);
     wgmma_wait<0>();
     hold(scores.value);
     release_factors(share, state.place.stage, key);
@@ -423,11 +427,12 @@ struct Forward {
     state.probabilities.narrow(scores);
   }
 
-  // A block's scores are known. Q goes as well with the last block: the next tile's is loaded under what remains.
+  // A block's scores are known. Q goes as well with the last block, where it is still there: the next tile's is loaded
+  // under what remains.
   FA_DEVICE void release_factors(const Share& share, int stage, int key) {
     if (!first_lane()) return;
     barriers.k_free[stage].arrive();
-    if (key + kN >= share.end) barriers.q_free[group].arrive();
+    if (!kQueriesInRegisters && key + kN >= share.end) barriers.q_free[group].arrive();
   }
 
   // The next block's scores, while the last block's values are multiplied.
@@ -439,7 +444,7 @@ struct Forward {
     state.place.step();
     const int stage = state.place.stage;
     barriers.k_full[stage].wait(state.place.phase);
-    multiply_scores(scores, stage);
+    multiply_scores(scores, state.queries, stage);
     barriers.v_full[last.stage].wait(last.phase);
     multiply_values(state.output, state.probabilities, last.stage);
     wgmma_wait<1>();
@@ -481,11 +486,29 @@ struct Forward {
     wgmma_wait<0>();
   }
 
+  // The warp's 16 rows of Q to registers, which frees their place in shared memory at once.
+  FA_DEVICE void take_queries(uint32_t (&queries)[kQueriesInRegisters ? D / 16 : 1][4]) {
+    const int lane = int(threadIdx.x) % 32, row = int(threadIdx.x) % 128 / 32 * 16 + lane % 16;
+    FA_UNROLL
+    for (int step = 0; step < D / 16; ++step) {
+      const int chunk = step % 4 * 2 + lane / 16;  // of 16 bytes, in the panel's row
+      sm80::ldmatrix(queries[kQueriesInRegisters ? step : 0],
+                     q_address(group) + step / 4 * kQPanel + row * 128 + (chunk ^ row % 8) * 16);
+    }
+    __syncwarp();
+    if (first_lane()) barriers.q_free[group].arrive();
+  }
+
   // scores = Q K^T
-  FA_DEVICE void multiply_scores(Scores& scores, int stage) {
+  template <class Queries>
+  FA_DEVICE void multiply_scores(Scores& scores, const Queries& queries, int stage) {
     hold(scores.value);
     wgmma_fence();
-    multiply_panels<T, kN, D>(scores.value, q_address(group), kQPanel, k_address(stage), kKPanel);
+    if constexpr (kQueriesInRegisters) {
+      multiply_panels<T, kN, D>(scores.value, queries, k_address(stage), kKPanel);
+    } else {
+      multiply_panels<T, kN, D>(scores.value, q_address(group), kQPanel, k_address(stage), kKPanel);
+    }
   }
 
   // output += P V

@@ -50,7 +50,7 @@ template <int N>
 struct Wgmma;
 
 // (N, register list, the list's operands, numbers of the operands that follow)
-#define FA_WGMMA(N, LIST, REGS, I0, I1, I2, I3, I4, I5)                                                              \
+#define FA_WGMMA(N, LIST, REGS, I0, I1, I2, I3, I4, I5, I6)                                                          \
   template <>                                                                                                        \
   struct Wgmma<N> {                                                                                                  \
     /* c = a b (+ c), a and b in shared memory */                                                                    \
@@ -70,19 +70,21 @@ struct Wgmma;
                      : "l"(a), "l"(b), "r"(add), "n"(int(TRANSPOSED_A)), "n"(int(TRANSPOSED_B)));                    \
       }                                                                                                              \
     }                                                                                                                \
-    /* c += a b, a in registers */                                                                                   \
+    /* likewise, a in registers */                                                                                   \
     template <class T, bool TRANSPOSED_B>                                                                            \
-    static FA_DEVICE void registers(float (&c)[N / 2], const uint32_t (&a)[4], uint64_t b) {                         \
+    static FA_DEVICE void registers(float (&c)[N / 2], const uint32_t (&a)[4], uint64_t b, int add) {                \
       if constexpr (std::is_same_v<T, Half>) {                                                                       \
-        asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.f16.f16 " LIST ", {" I0 ", " I1 ", " I2 ", " I3  \
-                     "}, " I4 ", 1, 1, 1, " I5 ";"                                                                   \
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " I5 ", 0;\n"                                                 \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.f16.f16 " LIST ", {" I0 ", " I1 ", " I2 ", " I3 \
+                     "}, " I4 ", p, 1, 1, " I6 ";\n}"                                                                \
                      : REGS(c)                                                                                       \
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int(TRANSPOSED_B)));                  \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(int(TRANSPOSED_B)));        \
       } else {                                                                                                       \
-        asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 " LIST ", {" I0 ", " I1 ", " I2 ", " I3 \
-                     "}, " I4 ", 1, 1, 1, " I5 ";"                                                                   \
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " I5 ", 0;\n"                                                 \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 " LIST ", {" I0 ", " I1 ", " I2 ", " I3\
+                     "}, " I4 ", p, 1, 1, " I6 ";\n}"                                                                \
                      : REGS(c)                                                                                       \
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int(TRANSPOSED_B)));                  \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(int(TRANSPOSED_B)));        \
       }                                                                                                              \
     }                                                                                                                \
   };
@@ -98,25 +100,25 @@ struct Wgmma;
 FA_WGMMA(64,
          "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
          "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}",
-         FA_REGS_32, "%32", "%33", "%34", "%35", "%36", "%37")
+         FA_REGS_32, "%32", "%33", "%34", "%35", "%36", "%37", "%38")
 FA_WGMMA(96,
          "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
          "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, "
          "%41, %42, %43, %44, %45, %46, %47}",
-         FA_REGS_48, "%48", "%49", "%50", "%51", "%52", "%53")
+         FA_REGS_48, "%48", "%49", "%50", "%51", "%52", "%53", "%54")
 FA_WGMMA(128,
          "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
          "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, "
          "%41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, "
          "%61, %62, %63}",
-         FA_REGS_64, "%64", "%65", "%66", "%67", "%68", "%69")
+         FA_REGS_64, "%64", "%65", "%66", "%67", "%68", "%69", "%70")
 FA_WGMMA(192,
          "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
          "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, "
          "%41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, "
          "%61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, "
          "%81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95}",
-         FA_REGS_96, "%96", "%97", "%98", "%99", "%100", "%101")
+         FA_REGS_96, "%96", "%97", "%98", "%99", "%100", "%101", "%102")
 FA_WGMMA(256,
          "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
          "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, "
@@ -125,7 +127,7 @@ FA_WGMMA(256,
          "%81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, "
          "%100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, "
          "%116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}",
-         FA_REGS_128, "%128", "%129", "%130", "%131", "%132", "%133")
+         FA_REGS_128, "%128", "%129", "%130", "%131", "%132", "%133", "%134")
 
 // The warpgroup's 64 x N of c = a b^T: a's rows and b's with k along panels of 64 columns that lie `..._panel` bytes
 // apart. One group of multiplies, left in flight.
@@ -140,6 +142,17 @@ FA_DEVICE void multiply_panels(float (&c)[N / 2], uint32_t a, uint32_t a_panel, 
   wgmma_commit();
 }
 
+// Likewise with a's rows in registers, as they have been since the last wgmma_fence().
+template <class T, int N, int K>
+FA_DEVICE void multiply_panels(float (&c)[N / 2], const uint32_t (&a)[K / 16][4], uint32_t b, uint32_t b_panel) {
+  const uint64_t right = descriptor(b, 0);
+  FA_UNROLL
+  for (int step = 0; step < K / 16; ++step) {
+    Wgmma<N>::template registers<T, false>(c, a[step], advance(right, step / 4 * b_panel + step % 4 * 32), step > 0);
+  }
+  wgmma_commit();
+}
+
 // c += a b, a in registers, b's rows along k, its columns in panels `b_panel` bytes apart. Likewise.
 template <class T, int N, int K>
 FA_DEVICE void multiply_registers(float (&c)[N / 2], uint32_t (&a)[K / 16][4], uint32_t b, uint32_t b_panel) {
@@ -150,7 +163,7 @@ FA_DEVICE void multiply_registers(float (&c)[N / 2], uint32_t (&a)[K / 16][4], u
   wgmma_fence();
   FA_UNROLL
   for (int step = 0; step < K / 16; ++step) {
-    Wgmma<N>::template registers<T, true>(c, a[step], advance(right, step * 16 * 128));
+    Wgmma<N>::template registers<T, true>(c, a[step], advance(right, step * 16 * 128), 1);
   }
   wgmma_commit();
 }
