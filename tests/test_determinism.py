@@ -57,6 +57,18 @@ def test_heads_do_not_matter(device, dtype):
         assert same(alone, slices)
 
 
+@pytest.mark.parametrize("dim", [64, 96, 128])
+def test_other_queries_do_not_matter(device, dtype, dim):
+    """Whether tiles are many or few, and whether they have a neighbour to share keys with."""
+    q, k, v = random_qkv(device, dtype, 2, 700, 300, heads_kv=2, dim=dim)
+    arguments = {"deterministic": True, "return_attn_probs": True}
+    out, lse, _ = flash_attn_func(q, k, v, **arguments)
+    for rows in (1, 128, 129, 300, 512):
+        part, part_lse, _ = flash_attn_func(q[:, :rows], k, v, **arguments)
+        assert torch.equal(part, out[:, :rows]), rows
+        assert torch.equal(part_lse, lse[..., :rows]), rows
+
+
 @pytest.mark.parametrize("dim", [64, 128])
 def test_packing_does_not_matter(device, dtype, dim):
     lengths_q, lengths_k = [70, 3, 231], [150, 64, 131]

@@ -83,6 +83,9 @@ struct BackwardParams : AttentionParams {
   RowsRef delta;                  // rowsum(dout * out) - dlse, written by the preprocess kernel
   void* dq_accum;                 // accum, in fragment order: see backward_workspace
   int32_t* dq_turn;               // [batch, heads_q, query blocks], zero on entry; null: order is free
+  // The first addition to a query block's sum stores: dq_accum may hold anything on entry. dq_turn is then never null,
+  // and stays zero where nothing is added. Else dq_accum is zero on entry.
+  bool dq_stores_first;
   uint32_t* blocks_taken;         // zero on entry: how many blocks the thread blocks of a persistent kernel took
   bool deterministic;
 };

@@ -215,8 +215,10 @@ void make_rows_of_heads(ForwardParams& p) {
   p.rows_are_heads = true;
 }
 
-// A kernel that brings its launcher is persistent, and counts in device memory the blocks that were taken.
-size_t blocks_taken_bytes(const KernelInfo& kernel) { return kernel.launch != nullptr ? align(sizeof(uint32_t)) : 0; }
+// A kernel that brings its launcher is persistent, and counts in device memory the blocks that were taken. In the
+// backward it also stores the first addition to a sum of dQ.
+bool is_persistent(const KernelInfo& kernel) { return kernel.launch != nullptr; }
+size_t blocks_taken_bytes(const KernelInfo& kernel) { return is_persistent(kernel) ? align(sizeof(uint32_t)) : 0; }
 
 // Tiles that differ in length are taken by whichever multiprocessor comes free.
 size_t tiles_taken_bytes(const ForwardParams& p, const KernelInfo& kernel, const Queue& queue) {
@@ -291,7 +293,8 @@ size_t dq_accum_bytes(const BackwardParams& p, const KernelInfo& kernel) {
                sizeof(float));
 }
 size_t dq_turn_bytes(const BackwardParams& p, const KernelInfo& kernel) {
-  return p.deterministic ? align(size_t(p.heads_q) * query_blocks(p, kernel.block_m) * sizeof(int32_t)) : 0;
+  const bool counted = p.deterministic || is_persistent(kernel);
+  return counted ? align(size_t(p.heads_q) * query_blocks(p, kernel.block_m) * sizeof(int32_t)) : 0;
 }
 
 Workspace plan_backward(BackwardParams& p, const Queue& queue) {
@@ -313,10 +316,13 @@ void backward(BackwardParams p, void* workspace, const Queue& queue) {
   const size_t taken_bytes = blocks_taken_bytes(kernel);
   char* const counters = static_cast<char*>(workspace) + accum_bytes;
   p.dq_accum = workspace;
-  p.dq_turn = p.deterministic ? reinterpret_cast<int32_t*>(counters) : nullptr;
+  p.dq_turn = turn_bytes > 0 ? reinterpret_cast<int32_t*>(counters) : nullptr;
+  p.dq_stores_first = is_persistent(kernel);
   p.blocks_taken = reinterpret_cast<uint32_t*>(counters + turn_bytes);
-  check(cudaMemsetAsync(workspace, 0, accum_bytes + turn_bytes + taken_bytes, static_cast<cudaStream_t>(queue.stream)),
-        "clearing the accumulator of dQ");
+  check(cudaMemsetAsync(p.dq_stores_first ? counters : workspace, 0,
+                        (p.dq_stores_first ? 0 : accum_bytes) + turn_bytes + taken_bytes,
+                        static_cast<cudaStream_t>(queue.stream)),
+        "clearing the backward's workspace");
   launch(preprocess_kernel(p, queue), p, queue);
   launch(kernel, p, queue);
   launch(find(queue, KernelKind::kFinishDq, p.dtype, p.head_dim), p, queue);

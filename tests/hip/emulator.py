@@ -80,7 +80,9 @@ class BackwardParams(AttentionParams):
     _fields_ = [
         *_fields(TensorRef, "dout dq dk dv"),
         *_fields(RowsRef, "dlse delta"),
-        *_fields(ctypes.c_int64, "dq_accum dq_turn blocks_taken"),
+        *_fields(ctypes.c_int64, "dq_accum dq_turn"),
+        ("dq_stores_first", ctypes.c_bool),
+        *_fields(ctypes.c_int64, "blocks_taken"),
         ("deterministic", ctypes.c_bool),
     ]
 

@@ -127,11 +127,11 @@ struct ForwardWork {
   }
 
   // The longest blocks of a causal mask come first, so that the short ones fill the gaps at the end.
-  FA_DEVICE ForwardWork(const ForwardParams& p, uint32_t block) {
-    const uint32_t query_blocks = ceil_div(p.seqlen_q, BLOCK_M);
+  FA_DEVICE ForwardWork(const ForwardParams& p, uint32_t block, int rows = BLOCK_M) {
+    const uint32_t query_blocks = ceil_div(p.seqlen_q, rows);
     const HeadItem item(block, query_blocks * p.num_splits, p.heads_q, p.batch, p.head_group);
     const int query_block = p.num_splits == 1 ? item.item : int(item.item % query_blocks);
-    query_begin = (p.window_right >= 0 ? int(query_blocks) - 1 - query_block : query_block) * BLOCK_M;
+    query_begin = (p.window_right >= 0 ? int(query_blocks) - 1 - query_block : query_block) * rows;
     split = p.num_splits == 1 ? 0 : int(item.item / query_blocks);
     head = item.head;
     batch = item.batch;

@@ -33,7 +33,11 @@ struct FinishDq {
     const int64_t slot =
         head * query_blocks(p, kBlockM) + first_query_block(p, batch, seq.first_q, kBlockM) + row_block;
     QueryGradient dq;
-    A::restore(dq, static_cast<const Scalar*>(p.dq_accum) + slot * (kBlockM * Main::kD));
+    if (p.dq_stores_first && p.dq_turn[slot] == 0) {
+      dq.fill(Scalar(0));
+    } else {
+      A::restore(dq, static_cast<const Scalar*>(p.dq_accum) + slot * (kBlockM * Main::kD));
+    }
     QueryGradient::for_each([&](int, int, int, int reg) { dq[reg] *= Scalar(p.softmax_scale); });
     Tile tile(shared);
     tile.put(dq);

@@ -105,6 +105,12 @@ FA_DEVICE int32_t load_acquire(const int32_t* p) {
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
   return x;
 }
+// Returns what was there before.
+FA_DEVICE int32_t add_acquire(int32_t* p, int32_t x) {
+  int32_t before;
+  asm volatile("atom.acquire.gpu.global.add.s32 %0, [%1], %2;" : "=r"(before) : "l"(p), "r"(x) : "memory");
+  return before;
+}
 FA_DEVICE void add_release(int32_t* p, int32_t x) {
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
 }

@@ -77,7 +77,8 @@ struct Backward {
     return int64_t(ceil_div(p.seqlen_k, kN)) * p.heads_kv * p.batch;
   }
   static void launch(const void* params, int64_t blocks, int shared_bytes, void* stream) {
-    launch_blocks<Backward>(params, std::min<int64_t>(blocks, multiprocessors()), shared_bytes, stream);
+    launch_blocks<Backward>(Launched(*static_cast<const Params*>(params)),
+                            std::min<int64_t>(blocks, multiprocessors()), 1, shared_bytes, stream);
   }
   static const void* device() { return reinterpret_cast<const void*>(&run_blocks<Backward>); }
 
@@ -241,7 +242,10 @@ struct Backward {
     }
   }
 
-  // Adds the dQ of every other step to device memory: in any order, or when it is this thread block's turn.
+  // Adds the dQ of every other step to device memory: in any order, or when it is this thread block's turn. The first
+  // addition to a query block's sum stores, so that nobody need clear the memory. In any order it is whoever comes first,
+  // and kStored in the block's dq_turn says that it has.
+  static constexpr int32_t kStored = 1 << 30;
   FA_DEVICE void add_up(int buffer) {
     uint32_t i = 0;
     for (uint32_t n = 0;; ++n) {
@@ -250,7 +254,7 @@ struct Backward {
       take(block);
       add_up(buffer, i);
     }
-    wait_reduced<false>();
+    wait_written<false>();
   }
   FA_DEVICE void add_up(int buffer, uint32_t& i) {
     Step step(work.kv_head * group);
@@ -259,18 +263,29 @@ struct Backward {
       const int query = walk.query(step.index);
       const int64_t block = step.head * query_blocks(p, kM) + first_query_block(p, work.batch, seq.first_q, kM) +
                             query / kM;
+      int32_t* const turn = p.dq_turn + block;
+      int32_t before = 0;
       if (p.deterministic) {
-        const int before = walk.blocks_before(mask, work.key_begin, query);
-        while (sm80::load_acquire(p.dq_turn + block) != before) {
+        before = walk.blocks_before(mask, work.key_begin, query);
+        while (sm80::load_acquire(turn) != before) {
         }
       }
       barriers.dq_full[buffer].wait(i / 2 % 2);
-      reduce_add(static_cast<float*>(p.dq_accum) + block * (kM * D), k_address() + kDqAt + buffer * kDqBytes, kDqBytes);
-      wait_reduced<true>();
+      if (!p.deterministic) {
+        before = sm80::add_acquire(turn, 1);
+        while (before > 0 && before < kStored) before = sm80::load_acquire(turn);
+      }
+      float* const sum = static_cast<float*>(p.dq_accum) + block * (kM * D);
+      if (before == 0) {
+        store(sum, k_address() + kDqAt + buffer * kDqBytes, kDqBytes);
+      } else {
+        reduce_add(sum, k_address() + kDqAt + buffer * kDqBytes, kDqBytes);
+      }
+      wait_written<true>();
       barriers.dq_free[buffer].arrive();
-      if (p.deterministic) {
-        wait_reduced<false>();
-        sm80::add_release(p.dq_turn + block, 1);
+      if (p.deterministic || before == 0) {
+        wait_written<false>();
+        sm80::add_release(turn, p.deterministic ? 1 : kStored);
       }
     }
   }

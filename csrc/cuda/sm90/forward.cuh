@@ -31,6 +31,7 @@ struct Forward {
   static constexpr int kThreads = (kGroups + 1) * 128;
 
   static constexpr bool kQueriesInRegisters = Tuning::kQueriesInRegisters;  // as a factor; else in shared memory
+  static constexpr bool kPairs = Tuning::kPairs && !SCORED;  // a scored one spills
 
   using Work = ForwardWork<kM>;
   using Scores = sm80::Accumulator<float, kM, kN, kWarps, kWarps>;
@@ -59,22 +60,34 @@ struct Forward {
   static constexpr int kSharedBytes = kRoomAt + kWarps * kOutBytes;
   static constexpr int kStashBytes = kWarps * (kStash - kOutBytes) + 2 * kM * 4;
 
+  // Where a head's tiles all see the same keys and there is an even number of them: two thread blocks, a cluster, take
+  // neighbouring tiles, and each loads half of the keys' columns for both. That halves the traffic from the L2 cache.
+  static bool in_pairs(const ForwardParams& p) {
+    const bool alike = p.window_left < 0 && p.window_right < 0 && p.cu_seqlens_q == nullptr && p.seqused_k == nullptr;
+    return kPairs && alike && ceil_div(p.seqlen_q, kM) % 2 == 0;
+  }
+
   struct Launched {
     ForwardParams p;
     CUtensorMap q, k, v;
+    bool pairs;
 
     explicit Launched(const ForwardParams& p)
         : p(p),
           q(tensor_map(p.q, p.dtype, batches(p), p.cu_seqlens_q ? p.total_q : p.seqlen_q, p.heads_q, p.head_dim, 64)),
           k(tensor_map(p.k, p.dtype, batches(p), p.cu_seqlens_q ? p.total_k : p.seqlen_k, p.heads_kv, p.head_dim, kN)),
           v(tensor_map(p.v, p.dtype, batches(p), p.cu_seqlens_q ? p.total_k : p.seqlen_k, p.heads_kv, p.head_dim,
-                       kN)) {}
+                       kN)),
+          pairs(in_pairs(p)) {}
     static int batches(const ForwardParams& p) { return p.cu_seqlens_q ? 1 : p.batch; }
   };
 
   static int64_t blocks(const Params& p) { return Work::blocks(p); }
   static void launch(const void* params, int64_t blocks, int shared_bytes, void* stream) {
-    launch_blocks<Forward>(params, std::min<int64_t>(blocks, multiprocessors()), shared_bytes, stream);
+    const Launched launched(*static_cast<const Params*>(params));
+    const int cluster = launched.pairs ? 2 : 1;
+    launch_blocks<Forward>(launched, std::min<int64_t>(blocks, multiprocessors() / cluster * cluster), cluster,
+                           shared_bytes, stream);
   }
   static const void* device() { return reinterpret_cast<const void*>(&run_blocks<Forward>); }
 
@@ -83,13 +96,19 @@ struct Forward {
   char* const shared;
   Barriers& barriers;
   const int group;  // this thread's, of those that compute
+  const bool pairs;
+  const uint32_t rank;      // in the pair
+  const uint32_t informed;  // the barriers at which a warp's lane 0 says what it has read, and in a pair lane 1
 
   FA_DEVICE Forward(const Launched& launched, char* shared)
       : launched(launched),
         p(launched.p),
         shared(shared),
         barriers(*reinterpret_cast<Barriers*>(shared + kTileBytes)),
-        group(warpgroup()) {}
+        group(warpgroup()),
+        pairs(kPairs && launched.pairs),
+        rank(pairs ? cluster_rank() : 0),
+        informed(cluster_address(shared_address(&barriers), threadIdx.x % 32 == 1 && pairs ? rank ^ 1 : rank)) {}
 
   FA_DEVICE uint32_t q_address(int group) const { return shared_address(shared) + group * 64 * 128; }
   FA_DEVICE uint32_t k_address(int stage) const { return shared_address(shared) + kQBytes + stage * 2 * kKBytes; }
@@ -104,12 +123,13 @@ struct Forward {
       for (int stage = 0; stage < kStages; ++stage) {
         barriers.k_full[stage].init(1);
         barriers.v_full[stage].init(1);
-        barriers.k_free[stage].init(kWarps);
-        barriers.v_free[stage].init(kWarps);
+        barriers.k_free[stage].init(pairs ? 2 * kWarps : kWarps);
+        barriers.v_free[stage].init(pairs ? 2 * kWarps : kWarps);
       }
       fence_barrier_init();
     }
     __syncthreads();
+    if (pairs) sync_cluster();
     if (threadIdx.x >= kGroups * 128) {
       keep_registers<Tuning::kProducerRegisters>();
       if (threadIdx.x < kGroups * 128 + 32) produce();
@@ -117,6 +137,7 @@ struct Forward {
       take_registers<Tuning::kConsumerRegisters>();
       consume();
     }
+    if (pairs) sync_cluster();  // nobody writes to a thread block that has ended
   }
 
   // What is to be done next. The producer works it out, ahead of those who compute.
@@ -125,8 +146,8 @@ struct Forward {
     Sequence seq;
     VisibleKeys keys;
 
-    FA_DEVICE Tile(const ForwardParams& p, uint32_t tile)
-        : work(p, tile),
+    FA_DEVICE Tile(const ForwardParams& p, const Work& work)
+        : work(work),
           seq(p, work.batch),
           keys(p, Mask(p, seq), work.split, work.query_begin, work.query_begin + kM, kN) {}
     FA_DEVICE bool has_rows(int group = 0) const { return work.query_begin + group * 64 < seq.len_q; }
@@ -207,9 +228,11 @@ struct Forward {
     }
     Place place;
     Turn turn;
-    const uint32_t tiles = uint32_t(Work::blocks(p));
-    for (uint32_t tile = blockIdx.x; tile < tiles;) {
-      const Tile next(p, tile);
+    const uint32_t at_once = pairs ? 2 : 1, tiles = uint32_t(Work::blocks(p)) / at_once;
+    for (uint32_t tile = blockIdx.x / at_once; tile < tiles;) {
+      Work work(p, tile, int(at_once) * kM);
+      work.query_begin += int(rank) * kM;
+      const Tile next(p, work);
       if (next.has_rows() || next.clears(p)) {
         if (lane < kGroups) message(turn, lane) = {next, Share(p, next, lane)};
         tile = load(next, tile, turn, place);
@@ -224,6 +247,7 @@ struct Forward {
 
   // This thread block's next tile.
   FA_DEVICE uint32_t following(uint32_t tile) const {
+    if (pairs) return tile + gridDim.x / 2;
     return p.tiles_taken == nullptr ? tile + gridDim.x : take_block(p.tiles_taken);
   }
 
@@ -270,13 +294,29 @@ struct Forward {
     }
   }
 
-  static FA_DEVICE void load_keys(const CUtensorMap& map, uint32_t dst, Barrier& full, Barrier& free, uint32_t phase,
-                                  int row, int head, int batch) {
+  FA_DEVICE void load_keys(const CUtensorMap& map, uint32_t dst, Barrier& full, Barrier& free, uint32_t phase, int row,
+                           int head, int batch) const {
     free.wait(phase ^ 1);
     if (!first_lane()) return;
     full.arrive_expecting(kKBytes);
-    for (int panel = 0; panel < kPanels; ++panel) {
-      load_box(dst + panel * kKPanel, map, full, panel * 64, row, head, batch);
+    if (pairs) {
+      for (int i = 0; i < kPanels / 2; ++i) {
+        const int panel = 2 * i + int(rank);
+        load_box_to_both(dst + panel * kKPanel, map, full, panel * 64, row, head, batch);
+      }
+    } else {
+      for (int panel = 0; panel < kPanels; ++panel) {
+        load_box(dst + panel * kKPanel, map, full, panel * 64, row, head, batch);
+      }
+    }
+  }
+  // What the warp has read may be overwritten.
+  FA_DEVICE void release_keys(Barrier& free) const {
+    if (kPairs) {
+      const auto at = reinterpret_cast<char*>(&free) - reinterpret_cast<char*>(&barriers);
+      if (threadIdx.x % 32 < (pairs ? 2 : 1)) arrive_in_cluster(informed + uint32_t(at));
+    } else if (first_lane()) {
+      free.arrive();
     }
   }
 
@@ -333,10 +373,8 @@ struct Forward {
     for (; blocks > 0; --blocks) {
       barriers.k_full[place.stage].wait(place.phase);
       barriers.v_full[place.stage].wait(place.phase);
-      if (first_lane()) {
-        barriers.k_free[place.stage].arrive();
-        barriers.v_free[place.stage].arrive();
-      }
+      release_keys(barriers.k_free[place.stage]);
+      release_keys(barriers.v_free[place.stage]);
       place.step();
     }
   }
@@ -367,7 +405,7 @@ struct Forward {
   FA_DEVICE void await_last(State& state) {
     wgmma_wait<0>();
     hold(state.output.value);
-    if (first_lane()) barriers.v_free[state.place.stage].arrive();
+    release_keys(barriers.v_free[state.place.stage]);
     state.place.step();
   }
 
@@ -430,9 +468,8 @@ struct Forward {
   // A block's scores are known. Q goes as well with the last block, where it is still there: the next tile's is loaded
   // under what remains.
   FA_DEVICE void release_factors(const Share& share, int stage, int key) {
-    if (!first_lane()) return;
-    barriers.k_free[stage].arrive();
-    if (!kQueriesInRegisters && key + kN >= share.end) barriers.q_free[group].arrive();
+    release_keys(barriers.k_free[stage]);
+    if (!kQueriesInRegisters && key + kN >= share.end && first_lane()) barriers.q_free[group].arrive();
   }
 
   // The next block's scores, while the last block's values are multiplied.
@@ -466,7 +503,7 @@ struct Forward {
       next.apply(rescale, state.output);
     }
     state.softmax = next;
-    if (first_lane()) barriers.v_free[last.stage].arrive();
+    release_keys(barriers.v_free[last.stage]);
     state.probabilities.narrow(scores);
   }
 

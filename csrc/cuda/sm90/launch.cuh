@@ -63,13 +63,21 @@ __global__ void __launch_bounds__(K::kThreads, 1) run_blocks(const __grid_consta
   K(p, shared).run();
 }
 
+// In clusters of `cluster` thread blocks.
 template <class K>
-void launch_blocks(const void* params, int64_t blocks, int shared_bytes, void* stream) {
-  typename K::Launched launched(*static_cast<const typename K::Params*>(params));
-  void* arguments[] = {&launched};
-  check(cudaLaunchKernel(reinterpret_cast<const void*>(&run_blocks<K>), dim3(unsigned(blocks)), dim3(K::kThreads),
-                         arguments, size_t(shared_bytes), static_cast<cudaStream_t>(stream)),
-        "launching a kernel");
+void launch_blocks(const typename K::Launched& launched, int64_t blocks, int cluster, int shared_bytes, void* stream) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {unsigned(cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(blocks));
+  config.blockDim = dim3(K::kThreads);
+  config.dynamicSmemBytes = size_t(shared_bytes);
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = cluster > 1 ? 1 : 0;
+  void* arguments[] = {const_cast<typename K::Launched*>(&launched)};
+  check(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(&run_blocks<K>), arguments), "launching a kernel");
 }
 
 }  // namespace sm90

@@ -40,6 +40,17 @@ class Barrier {
   uint64_t state_;
 };
 
+// Where the cluster's thread block `rank` has what this one has at `address`.
+FA_DEVICE uint32_t cluster_address(uint32_t address, uint32_t rank) {
+  uint32_t there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  return there;
+}
+// Arrives at a barrier of any thread block of the cluster. Orders no memory accesses: for multiplies that have read.
+FA_DEVICE void arrive_in_cluster(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
 FA_DEVICE void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 // Makes this thread's ordinary accesses to shared memory visible to the copy engine and the tensor cores.
 FA_DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -58,21 +69,47 @@ FA_DEVICE void load_box(uint32_t dst, const CUtensorMap& map, Barrier& barrier, 
       : "memory");
 }
 
-// dst[i] += src[i] in device memory, `bytes` of floats in shared memory, each element atomically.
+// Likewise to the same place of every thread block of a cluster of two, on that thread block's barrier.
+FA_DEVICE void load_box_to_both(uint32_t dst, const CUtensorMap& map, Barrier& barrier, int column, int row, int head,
+                                int batch) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, "
+      "%4, %5, %6}], [%2], %7;" ::"r"(dst),
+      "l"(&map), "r"(shared_address(&barrier)), "r"(column), "r"(row), "r"(head), "r"(batch), "h"(uint16_t(3))
+      : "memory");
+}
+
+// dst[i] = src[i] in device memory, `bytes` of floats in shared memory.
+FA_DEVICE void store(float* dst, uint32_t src, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(dst), "r"(src), "r"(bytes)
+               : "memory");
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+// Likewise dst[i] += src[i], each element atomically.
 FA_DEVICE void reduce_add(float* dst, uint32_t src, int bytes) {
   asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(dst), "r"(src),
                "r"(bytes)
                : "memory");
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
-// Waits until this thread's additions have read their source, or else have landed.
+// Waits until this thread's stores and additions have read their source, or else have landed.
 template <bool READ>
-FA_DEVICE void wait_reduced() {
+FA_DEVICE void wait_written() {
   if (READ) {
     asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
   } else {
     asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
   }
+}
+
+FA_DEVICE uint32_t cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+// Waits for all threads of the cluster that have not ended.
+FA_DEVICE void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
 // A named barrier of a thread block: `threads` wait for each other.

@@ -8,10 +8,11 @@ namespace flash_attn {
 namespace sm90 {
 
 // What forward.cuh runs: 16-bit.
-template <int BLOCK_M, int BLOCK_N, bool QUERIES_IN_REGISTERS>
+template <int BLOCK_M, int BLOCK_N, bool QUERIES_IN_REGISTERS, bool PAIRS = false>
 struct ForwardRow {
   static constexpr bool kCovered = true;
   static constexpr int kBlockM = BLOCK_M, kBlockN = BLOCK_N, kStages = BLOCK_M == 192 ? 3 : 2;
+  static constexpr bool kPairs = PAIRS;
   static constexpr bool kQueriesInRegisters = QUERIES_IN_REGISTERS;
   // Of 65,536 registers: three warpgroups and the producer's, or two.
   static constexpr int kProducerRegisters = BLOCK_M == 192 ? 32 : 40;
@@ -22,8 +23,8 @@ struct ForwardTuning {
   static constexpr bool kCovered = false;
 };
 template <> struct ForwardTuning<64> : ForwardRow<192, 128, false> {};
-template <> struct ForwardTuning<96> : ForwardRow<128, 128, true> {};
-template <> struct ForwardTuning<128> : ForwardRow<128, 128, true> {};
+template <> struct ForwardTuning<96> : ForwardRow<128, 128, true, true> {};
+template <> struct ForwardTuning<128> : ForwardRow<128, 128, true, true> {};
 template <> struct ForwardTuning<192> : ForwardRow<128, 64, true> {};
 template <> struct ForwardTuning<256> : ForwardRow<128, 64, false> {};
 
