@@ -243,8 +243,8 @@ struct Backward {
   }
 
   // Adds the dQ of every other step to device memory: in any order, or when it is this thread block's turn. The first
-  // addition to a query block's sum stores, so that nobody need clear the memory. In any order it is whoever comes first,
-  // and kStored in the block's dq_turn says that it has.
+  // addition to a query block's sum stores, so that nobody need clear the memory. In any order that is whoever comes
+  // first, and kStored in the block's dq_turn, which counts them, says that the store has landed.
   static constexpr int32_t kStored = 1 << 30;
   FA_DEVICE void add_up(int buffer) {
     uint32_t i = 0;
