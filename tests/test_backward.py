@@ -70,9 +70,10 @@ def test_no_rows_or_no_keys(device, lengths):
 
 
 def test_rows_that_see_nothing_get_no_gradient(device, dtype):
-    q, k, v = random_qkv(device, dtype, 1, 90, 20, grad=True)
+    """Whole blocks of queries among them, to whose dQ nobody adds."""
+    q, k, v = random_qkv(device, dtype, 1, 300, 20, grad=True)
     flash_attn_func(q, k, v, causal=True).sum().backward()
-    assert torch.equal(q.grad[:, :70], torch.zeros_like(q.grad[:, :70]))
+    assert torch.equal(q.grad[:, :280], torch.zeros_like(q.grad[:, :280]))
     assert all(x.grad.isfinite().all() for x in (q, k, v))
 
 
