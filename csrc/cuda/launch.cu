@@ -222,9 +222,8 @@ size_t blocks_taken_bytes(const KernelInfo& kernel) { return is_persistent(kerne
 
 // Tiles that differ in length are taken by whichever multiprocessor comes free.
 size_t tiles_taken_bytes(const ForwardParams& p, const KernelInfo& kernel, const Queue& queue) {
-  const bool differ = p.window_left >= 0 || p.window_right >= 0 || p.cu_seqlens_q != nullptr || p.seqused_k != nullptr;
   const bool many = kernel.blocks(&p) > device_attribute(cudaDevAttrMultiProcessorCount, queue);
-  return p.num_splits == 1 && differ && many ? blocks_taken_bytes(kernel) : 0;
+  return p.num_splits == 1 && blocks_differ(p) && many ? blocks_taken_bytes(kernel) : 0;
 }
 
 Workspace plan_forward(ForwardParams& p, const Queue& queue) {
@@ -319,9 +318,9 @@ void backward(BackwardParams p, void* workspace, const Queue& queue) {
   p.dq_turn = turn_bytes > 0 ? reinterpret_cast<int32_t*>(counters) : nullptr;
   p.dq_stores_first = is_persistent(kernel);
   p.blocks_taken = reinterpret_cast<uint32_t*>(counters + turn_bytes);
-  check(cudaMemsetAsync(p.dq_stores_first ? counters : workspace, 0,
-                        (p.dq_stores_first ? 0 : accum_bytes) + turn_bytes + taken_bytes,
-                        static_cast<cudaStream_t>(queue.stream)),
+  const size_t left_alone = p.dq_stores_first ? accum_bytes : 0;
+  check(cudaMemsetAsync(static_cast<char*>(workspace) + left_alone, 0,
+                        accum_bytes - left_alone + turn_bytes + taken_bytes, static_cast<cudaStream_t>(queue.stream)),
         "clearing the backward's workspace");
   launch(preprocess_kernel(p, queue), p, queue);
   launch(kernel, p, queue);

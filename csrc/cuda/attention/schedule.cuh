@@ -143,6 +143,11 @@ FA_HOST_DEVICE bool may_fold(const ForwardParams& p) {
   return p.split_size > 0 && p.num_splits == 1 && p.seqlen_k > p.split_size;
 }
 
+// Whether a head's blocks may differ in the keys they see, and so in length.
+FA_HOST_DEVICE bool blocks_differ(const ForwardParams& p) {
+  return p.window_left >= 0 || p.window_right >= 0 || p.cu_seqlens_q != nullptr || p.seqused_k != nullptr;
+}
+
 // Keys [begin, end) that the queries [query_begin, query_end) see of a split; begin is a multiple of block_n.
 struct VisibleKeys {
   int begin, end;

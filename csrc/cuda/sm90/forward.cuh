@@ -36,6 +36,7 @@ struct Forward {
   using Work = ForwardWork<kM>;
   using Scores = sm80::Accumulator<float, kM, kN, kWarps, kWarps>;
   using Output = sm80::Accumulator<float, kM, D, kWarps, kWarps>;
+  using Queries = sm80::Operand<T, kM, D, kWarps>;
   using Probabilities = sm80::Operand<T, kM, kN, kWarps>;
   using Rows = sm80::Rows<float, kM, kWarps>;
   using IntRows = sm80::Rows<int, kM, kWarps>;
@@ -63,8 +64,7 @@ struct Forward {
   // Where a head's tiles all see the same keys and there is an even number of them: two thread blocks, a cluster, take
   // neighbouring tiles, and each loads half of the keys' columns for both. That halves the traffic from the L2 cache.
   static bool in_pairs(const ForwardParams& p) {
-    const bool alike = p.window_left < 0 && p.window_right < 0 && p.cu_seqlens_q == nullptr && p.seqused_k == nullptr;
-    return kPairs && alike && ceil_div(p.seqlen_q, kM) % 2 == 0;
+    return kPairs && !blocks_differ(p) && ceil_div(p.seqlen_q, kM) % 2 == 0;
   }
 
   struct Launched {
@@ -339,7 +339,7 @@ struct Forward {
   struct State {
     Output output;
     OnlineSoftmax<float, Rows> softmax;
-    uint32_t queries[kQueriesInRegisters ? D / 16 : 1][4];
+    Queries queries;              // where they are in registers
     Probabilities probabilities;  // of the last block, not multiplied yet
     Place place;                  // of the last block
   };
@@ -524,12 +524,12 @@ struct Forward {
   }
 
   // The warp's 16 rows of Q to registers, which frees their place in shared memory at once.
-  FA_DEVICE void take_queries(uint32_t (&queries)[kQueriesInRegisters ? D / 16 : 1][4]) {
+  FA_DEVICE void take_queries(Queries& queries) {
     const int lane = int(threadIdx.x) % 32, row = int(threadIdx.x) % 128 / 32 * 16 + lane % 16;
     FA_UNROLL
     for (int step = 0; step < D / 16; ++step) {
       const int chunk = step % 4 * 2 + lane / 16;  // of 16 bytes, in the panel's row
-      sm80::ldmatrix(queries[kQueriesInRegisters ? step : 0],
+      sm80::ldmatrix(queries.value[0][step],
                      q_address(group) + step / 4 * kQPanel + row * 128 + (chunk ^ row % 8) * 16);
     }
     __syncwarp();
@@ -537,12 +537,11 @@ struct Forward {
   }
 
   // scores = Q K^T
-  template <class Queries>
   FA_DEVICE void multiply_scores(Scores& scores, const Queries& queries, int stage) {
     hold(scores.value);
     wgmma_fence();
     if constexpr (kQueriesInRegisters) {
-      multiply_panels<T, kN, D>(scores.value, queries, k_address(stage), kKPanel);
+      multiply_panels<T, kN, D>(scores.value, queries.value[0], k_address(stage), kKPanel);
     } else {
       multiply_panels<T, kN, D>(scores.value, q_address(group), kQPanel, k_address(stage), kKPanel);
     }
