@@ -5,6 +5,7 @@
 #include "../kernels/forward.cuh"
 #include "../sm80/arch.cuh"
 #include "backward.cuh"
+#include "backward_wide.cuh"
 #include "forward.cuh"
 #include "tuning.cuh"
 
@@ -20,6 +21,8 @@ template <class T, int D>
 constexpr bool kCoversForward = sizeof(T) == 2 && ForwardTuning<D>::kCovered;
 template <class T, int D>
 constexpr bool kCoversBackward = sizeof(T) == 2 && BackwardTuning<D>::kCovered;
+template <class T, int D>
+constexpr bool kCoversWideBackward = sizeof(T) == 2 && (D == 192 || D == 256);
 
 }  // namespace sm90
 
@@ -33,7 +36,8 @@ struct Forward<Sm90, Problem<T, D, false>>
 template <class T, int D>
 struct Backward<Sm90, Problem<T, D, false>>
     : std::conditional_t<sm90::kCoversBackward<T, D>, sm90::Backward<T, D, false>,
-                         Backward<sm90::Mma, Problem<T, D, false>>> {};
+                         std::conditional_t<sm90::kCoversWideBackward<T, D>, sm90::WideBackward<T, D>,
+                                            Backward<sm90::Mma, Problem<T, D, false>>>> {};
 
 // Softcap, ALiBi and dropout in Hopper's own loops. What they do not know besides (rows of any alignment, s_dmask) is
 // left to the modified instances of Sm90.

@@ -6,28 +6,25 @@
 #pragma once
 
 #include "../attention/dropout.cuh"
-#include "../attention/schedule.cuh"
 #include "../attention/score.cuh"
-#include "../sm80/arch.cuh"
 #include "../tile/tile.cuh"
-#include "launch.cuh"
-#include "rows.cuh"
-#include "tma.cuh"
+#include "backward_block.cuh"
 #include "tuning.cuh"
-#include "wgmma.cuh"
 
 namespace flash_attn {
 namespace sm90 {
 
 // SCORED: with softcap, ALiBi and dropout.
 template <class T_, int D, bool SCORED>
-struct Backward {
+struct Backward : BackwardBlock<BackwardTuning<D>::kBlockM, 128> {
   using T = T_;
   using Scalar = float;
-  using Params = BackwardParams;
   using Tuning = BackwardTuning<D>;
-  static constexpr int kD = D, kM = Tuning::kBlockM, kN = 128, kStages = 2;
-  static constexpr int kBlockM = kM, kBlockN = kN;
+  using Block = BackwardBlock<Tuning::kBlockM, 128>;
+  using typename Block::Launched, typename Block::Params, typename Block::Step;
+  using Block::group, Block::kM, Block::kN, Block::launched, Block::mask, Block::p, Block::seq, Block::shared,
+      Block::steps, Block::take, Block::walk, Block::work;
+  static constexpr int kD = D, kStages = 2;
   static constexpr int kGroups = 2, kWarps = 8, kComputing = 256, kThreads = 384;
   // A thread is launched with 168. What two warpgroups take the third must give, or they wait for ever.
   static constexpr int kComputingRegisters = 232, kLoadingRegisters = 40;
@@ -38,79 +35,34 @@ struct Backward {
   using Factor = sm80::Operand<T, kN, kM, kWarps>;
   using KeyGradient = sm80::Accumulator<float, kN, D, kWarps, kWarps>;
   using QueryGradient = sm80::Accumulator<float, kM, D, Tuning::kWarpsQ, kWarps>;
-  static constexpr int kQueryGradientCols = QueryGradient::kWarpCols;
+  // Of dQ, that a warpgroup multiplies: whole panels, and so at d=96 some columns of zeros.
+  static constexpr int kDqCols = (QueryGradient::kWarpCols + 63) / 64 * 64, kDqRegs = kDqCols / 2;
   using IntRows = sm80::Rows<int, kN, kWarps>;
 
-  static constexpr int kPanels = D / 64;
-  static constexpr int kKBytes = kN * D * 2, kKPanel = kN * 128;
-  static constexpr int kQBytes = kM * D * 2, kQPanel = kM * 128;
+  static constexpr int kPanels = (D + 63) / 64, kKPanel = kN * 128, kQPanel = kM * 128;
+  static constexpr int kKBytes = kPanels * kKPanel, kQBytes = kPanels * kQPanel;
   static constexpr int kDsBytes = kM * kN * 2, kDqBytes = kM * D * 4, kRowsBytes = 2 * kM * 4;
   static constexpr int kQAt = 2 * kKBytes, kDsAt = kQAt + kStages * 2 * kQBytes, kDqAt = kDsAt + 2 * kDsBytes;
   static constexpr int kRowsAt = kDqAt + 2 * kDqBytes, kBarriersAt = kRowsAt + kStages * kRowsBytes;
 
   struct Barriers {
-    Barrier next_full[2], next_free[2], keys_full, keys_free, full[kStages], free[kStages], ds_full, dq_full[2],
-        dq_free[2];
-    uint32_t next[2];  // blocks to be done, from the warp that loads
+    Announcements next;
+    Barrier keys_full, keys_free, full[kStages], free[kStages], ds_full, dq_full[2], dq_free[2];
   };
   static constexpr int kBarrierBytes = 128;
   static_assert(sizeof(Barriers) <= kBarrierBytes);
   static constexpr int kSharedBytes = kBarriersAt + kBarrierBytes, kStashBytes = 0;
 
-  struct Launched {
-    BackwardParams p;
-    CUtensorMap q, k, v, dout;
-
-    explicit Launched(const BackwardParams& p)
-        : p(p), q(queries(p, p.q)), k(keys(p, p.k)), v(keys(p, p.v)), dout(queries(p, p.dout)) {}
-    static CUtensorMap queries(const BackwardParams& p, const TensorRef& t) {
-      return p.cu_seqlens_q ? tensor_map(t, p.dtype, 1, p.total_q, p.heads_q, p.head_dim, kM)
-                            : tensor_map(t, p.dtype, p.batch, p.seqlen_q, p.heads_q, p.head_dim, kM);
-    }
-    static CUtensorMap keys(const BackwardParams& p, const TensorRef& t) {
-      return p.cu_seqlens_q ? tensor_map(t, p.dtype, 1, p.total_k, p.heads_kv, p.head_dim, kN)
-                            : tensor_map(t, p.dtype, p.batch, p.seqlen_k, p.heads_kv, p.head_dim, kN);
-    }
-  };
-
-  static FA_HOST_DEVICE int64_t blocks(const Params& p) {
-    return int64_t(ceil_div(p.seqlen_k, kN)) * p.heads_kv * p.batch;
-  }
   static void launch(const void* params, int64_t blocks, int shared_bytes, void* stream) {
     launch_blocks<Backward>(Launched(*static_cast<const Params*>(params)),
                             std::min<int64_t>(blocks, multiprocessors()), 1, shared_bytes, stream);
   }
   static const void* device() { return reinterpret_cast<const void*>(&run_blocks<Backward>); }
 
-  const Launched& launched;
-  const BackwardParams& p;
-  const int group;  // query heads per KV head
-  char* const shared;
   Barriers& barriers;
 
-  // The block at hand, once take() has been called.
-  BackwardWork<kN> work;
-  Sequence seq;
-  Mask mask;
-  QueryWalk<kM, kN> walk;
-
   FA_DEVICE Backward(const Launched& launched, char* shared)
-      : launched(launched),
-        p(launched.p),
-        group(p.heads_q / p.heads_kv),
-        shared(shared),
-        barriers(*reinterpret_cast<Barriers*>(shared + kBarriersAt)),
-        work(p, blockIdx.x),
-        seq(p, work.batch),
-        mask(p, seq),
-        walk(mask, work.key_begin) {}
-  FA_DEVICE void take(uint32_t block) {
-    work = BackwardWork<kN>(p, block);
-    seq = Sequence(p, work.batch);
-    mask = Mask(p, seq);
-    walk = QueryWalk<kM, kN>(mask, work.key_begin);
-  }
-  FA_DEVICE int steps() const { return group * walk.steps; }
+      : Block(launched, shared), barriers(*reinterpret_cast<Barriers*>(shared + kBarriersAt)) {}
 
   FA_DEVICE uint32_t k_address() const { return shared_address(shared); }
   FA_DEVICE uint32_t v_address() const { return k_address() + kKBytes; }
@@ -124,6 +76,7 @@ struct Backward {
 
   FA_DEVICE void run() {
     if (threadIdx.x == 0) {
+      barriers.next.init(kComputing + 2);
       barriers.keys_full.init(1);
       barriers.keys_free.init(kWarps);
       for (int stage = 0; stage < kStages; ++stage) {
@@ -132,8 +85,6 @@ struct Backward {
       }
       barriers.ds_full.init(kWarps);
       for (int buffer = 0; buffer < 2; ++buffer) {
-        barriers.next_full[buffer].init(1);
-        barriers.next_free[buffer].init(kComputing + 2);  // every thread that reads it
         barriers.dq_full[buffer].init(kWarps);
         barriers.dq_free[buffer].init(1);
       }
@@ -151,33 +102,6 @@ struct Backward {
     }
   }
 
-  // The thread block's n-th block is told to those who compute and add up: kNone, or one that they then take.
-  static constexpr uint32_t kNone = 0xffffffffu;
-  FA_DEVICE void tell(uint32_t n, uint32_t block) {
-    barriers.next_free[n % 2].wait(n / 2 % 2 ^ 1);
-    if (!first_lane()) return;
-    barriers.next[n % 2] = block;
-    barriers.next_full[n % 2].arrive();
-  }
-  FA_DEVICE uint32_t told(uint32_t n) {
-    barriers.next_full[n % 2].wait(n / 2 % 2);
-    const uint32_t block = *const_cast<volatile uint32_t*>(&barriers.next[n % 2]);
-    barriers.next_free[n % 2].arrive();
-    return block;
-  }
-
-  // The position in a block's walk: heads of the group in turn, each over its visible query blocks. Steps are counted
-  // on through all blocks: a step's number says which stage, which buffers and which phase of their barriers it uses.
-  struct Step {
-    int head, index = 0;
-    FA_DEVICE Step(int head) : head(head) {}
-    FA_DEVICE void next(int steps) {
-      if (++index == steps) {
-        index = 0;
-        ++head;
-      }
-    }
-  };
   static_assert(kStages == 2);
 
   FA_DEVICE void load() {
@@ -185,15 +109,15 @@ struct Backward {
       prefetch(launched.q);
       prefetch(launched.dout);
     }
-    const uint32_t blocks = uint32_t(Backward::blocks(p));
+    const uint32_t blocks = uint32_t(Block::blocks(p));
     uint32_t i = 0, loads = 0, block = blockIdx.x;
     for (uint32_t n = 0; block < blocks; ++n) {
-      tell(n, block);
+      barriers.next.tell(n, block);
       take(block);
       if (steps() > 0) load_keys(loads++);
       load_queries(i);
       block = take_block(p.blocks_taken);
-      if (block >= blocks) tell(n + 1, kNone);
+      if (block >= blocks) barriers.next.tell(n + 1, Announcements::kNone);
     }
   }
 
@@ -242,15 +166,12 @@ struct Backward {
     }
   }
 
-  // Adds the dQ of every other step to device memory: in any order, or when it is this thread block's turn. The first
-  // addition to a query block's sum stores, so that nobody need clear the memory. In any order that is whoever comes
-  // first, and kStored in the block's dq_turn, which counts them, says that the store has landed.
-  static constexpr int32_t kStored = 1 << 30;
+  // Adds the dQ of every other step to device memory: in any order, or when it is this thread block's turn.
   FA_DEVICE void add_up(int buffer) {
     uint32_t i = 0;
     for (uint32_t n = 0;; ++n) {
-      const uint32_t block = told(n);
-      if (block == kNone) break;
+      const uint32_t block = barriers.next.told(n);
+      if (block == Announcements::kNone) break;
       take(block);
       add_up(buffer, i);
     }
@@ -261,21 +182,13 @@ struct Backward {
     for (int left = steps(); left > 0; --left, ++i, step.next(walk.steps)) {
       if (i % 2 != uint32_t(buffer)) continue;
       const int query = walk.query(step.index);
-      const int64_t block = step.head * query_blocks(p, kM) + first_query_block(p, work.batch, seq.first_q, kM) +
-                            query / kM;
-      int32_t* const turn = p.dq_turn + block;
+      const int64_t at = Block::sum_of(step.head, query);
+      int32_t* const turn = p.dq_turn + at;
       int32_t before = 0;
-      if (p.deterministic) {
-        before = walk.blocks_before(mask, work.key_begin, query);
-        while (sm80::load_acquire(turn) != before) {
-        }
-      }
+      if (p.deterministic) before = Block::await_turn(turn, query);
       barriers.dq_full[buffer].wait(i / 2 % 2);
-      if (!p.deterministic) {
-        before = sm80::add_acquire(turn, 1);
-        while (before > 0 && before < kStored) before = sm80::load_acquire(turn);
-      }
-      float* const sum = static_cast<float*>(p.dq_accum) + block * (kM * D);
+      if (!p.deterministic) before = Block::take_turn(turn);
+      float* const sum = static_cast<float*>(p.dq_accum) + at * (kM * D);
       if (before == 0) {
         store(sum, k_address() + kDqAt + buffer * kDqBytes, kDqBytes);
       } else {
@@ -283,9 +196,9 @@ struct Backward {
       }
       wait_written<true>();
       barriers.dq_free[buffer].arrive();
-      if (p.deterministic || before == 0) {
+      if (Block::is_awaited(before)) {
         wait_written<false>();
-        sm80::add_release(turn, p.deterministic ? 1 : kStored);
+        Block::pass_turn(turn);
       }
     }
   }
@@ -293,8 +206,8 @@ struct Backward {
   FA_DEVICE void compute() {
     uint32_t i = 0, loads = 0;
     for (uint32_t n = 0;; ++n) {
-      const uint32_t block = __shfl_sync(0xffffffffu, told(n), 0);  // the same in all lanes, and the compiler knows
-      if (block == kNone) return;
+      const uint32_t block = __shfl_sync(0xffffffffu, barriers.next.told(n), 0);  // the same in all lanes, and the compiler knows
+      if (block == Announcements::kNone) return;
       take(block);
       clear_spare_rows<A>(p, p.cu_seqlens_k, p.total_k, work.batch, work.key_begin / kN, ceil_div(p.seqlen_k, kN),
                           [&](int64_t row, int col) {
@@ -331,7 +244,7 @@ struct Backward {
         }
       }
       barriers.ds_full.wait((i - 1) % 2);
-      float dq[QueryGradient::kRegs];
+      float dq[kDqRegs];
       multiply_queries(dq, ds_address((i - 1) % 2));
       wgmma_wait<0>();
       hold(dq);
@@ -359,23 +272,25 @@ struct Backward {
     } else {
       wgmma_wait<1>();
       hold(scores.value);
-      exponentiate(stage, float(p.softmax_scale) * float(kLog2E), scores);
+      Block::exponentiate(negated_lse(stage), float(p.softmax_scale) * float(kLog2E), scores);
       wgmma_wait<0>();
       hold(gradient.value);
-      for_each_with(delta(stage), [&](int reg, float delta) {
+      Block::for_each_with(delta(stage), [&](int reg, float delta) {
         gradient[reg] = scores[reg] * (gradient[reg] - delta);
       });
     }
-    if (MASKED) hide(query, scores, gradient);
+    if (MASKED) {
+      Block::template for_each_hidden<Scores, IntRows>(query, [&](int reg) { scores[reg] = gradient[reg] = 0; });
+    }
     Factor probabilities(scores);
     multiply_rows(dv, probabilities, do_address(stage));
 
     // dQ is one step behind, so that a warpgroup need not wait here for the other's dS.
     Factor differences(gradient);
     if (!first) barriers.ds_full.wait((i - 1) % 2);
-    put(differences, ds_address(i % 2));
+    Block::put(differences, ds_address(i % 2), int(threadIdx.x) / 32 * 16);
     fence_async_proxy();
-    float dq[QueryGradient::kRegs];
+    float dq[kDqRegs];
     multiply_queries(dq, ds_address((i - 1) % 2));  // of whatever is there in a block's first step
     multiply_rows(dk, differences, q_address(stage));
     wgmma_wait<1>();
@@ -387,25 +302,6 @@ struct Backward {
     barriers.free[stage].arrive();
     __syncwarp();  // all lanes have written dS
     if (first_lane()) barriers.ds_full.arrive();
-  }
-
-  // Calls f(reg, value of the register's query).
-  template <class F>
-  static FA_DEVICE void for_each_with(const float* of_query, F&& f) {
-    const float* of_lane = of_query + int(threadIdx.x) % 4 * 2;
-    FA_UNROLL
-    for (int n = 0; n < kM / 8; ++n) {
-      const float2 x = *reinterpret_cast<const float2*>(of_lane + 8 * n);
-      FA_UNROLL
-      for (int e = 0; e < 4; ++e) f(4 * n + e, e % 2 == 0 ? x.x : x.y);
-    }
-  }
-
-  // Scores to probabilities.
-  FA_DEVICE void exponentiate(int stage, float scale_log2, Scores& scores) {
-    for_each_with(negated_lse(stage), [&](int reg, float negated_lse) {
-      scores[reg] = exp2_fast(fma_rn(scores[reg], scale_log2, negated_lse));
-    });
   }
 
   // Raw scores to the probabilities that dV needs, dP to dS.
@@ -424,9 +320,9 @@ struct Backward {
       keep_bits(dropout, query, keep);
       drop(gradient);
     }
-    for_each_with(delta(stage), [&](int reg, float delta) { gradient[reg] -= delta; });
+    Block::for_each_with(delta(stage), [&](int reg, float delta) { gradient[reg] -= delta; });
     modifier.apply(scores, work.key_begin, query, [&](int reg, float derivative) { gradient[reg] *= derivative; });
-    exponentiate(stage, modifier.scale_log2(), scores);
+    Block::exponentiate(negated_lse(stage), modifier.scale_log2(), scores);
     Scores::for_each([&](int, int, int, int reg) { gradient[reg] *= scores[reg]; });
     if (dropout.enabled()) drop(scores);
   }
@@ -456,12 +352,19 @@ struct Backward {
   }
 
   // dQ's fragments to the warp that adds them up.
-  FA_DEVICE void pass_on(const float (&dq)[QueryGradient::kRegs], uint32_t i) {
+  FA_DEVICE void pass_on(const float (&dq)[kDqRegs], uint32_t i) {
     barriers.dq_free[i % 2].wait(i / 2 % 2 ^ 1);
+    char* const buffer = shared + kDqAt + i % 2 * kDqBytes;
     FA_UNROLL
-    for (int reg = 0; reg < QueryGradient::kRegs; reg += 4) {
-      *reinterpret_cast<float4*>(shared + kDqAt + i % 2 * kDqBytes + (reg * kComputing + int(threadIdx.x) * 4) * 4) =
-          float4{dq[reg], dq[reg + 1], dq[reg + 2], dq[reg + 3]};
+    for (int reg = 0; reg < kDqRegs; reg += 4) {
+      int to = reg * kComputing + int(threadIdx.x) * 4;
+      if constexpr (kDqCols != QueryGradient::kWarpCols) {  // the registers that QueryGradient has the columns in
+        constexpr int kTiles = QueryGradient::kTilesN;
+        const int tile = warpgroup() * kDqCols / 8 + reg / 4;
+        if (tile >= 2 * kTiles) break;
+        to = tile % kTiles * 4 * kComputing + (tile / kTiles * 128 + int(threadIdx.x) % 128) * 4;
+      }
+      *reinterpret_cast<float4*>(buffer + to * 4) = float4{dq[reg], dq[reg + 1], dq[reg + 2], dq[reg + 3]};
     }
     fence_async_proxy();
     __syncwarp();
@@ -479,53 +382,18 @@ struct Backward {
   }
 
   // dQ = dS K: the warpgroups share out the rows, or where there are only 64, the columns.
-  FA_DEVICE void multiply_queries(float (&dq)[QueryGradient::kRegs], uint32_t ds) {
+  FA_DEVICE void multiply_queries(float (&dq)[kDqRegs], uint32_t ds) {
     const uint64_t a = descriptor(ds + (kM == 64 ? 0 : warpgroup() * kN * 128), 0);
-    const uint32_t columns = kM == 64 ? warpgroup() * kQueryGradientCols / 64 * kKPanel : 0;
+    const uint32_t columns = kM == 64 ? warpgroup() * kDqCols / 64 * kKPanel : 0;
     const uint64_t b = descriptor(k_address() + columns, kKPanel);
     hold(dq);
     wgmma_fence();
     FA_UNROLL
     for (int step = 0; step < kN / 16; ++step) {
-      Wgmma<kQueryGradientCols>::template shared<T, true, true>(dq, advance(a, step * 16 * 128),
+      Wgmma<kDqCols>::template shared<T, true, true>(dq, advance(a, step * 16 * 128),
                                                                  advance(b, step * 16 * 128), step > 0);
     }
     wgmma_commit();
-  }
-
-  // dS^T to shared memory: rows of keys, in panels of 64 queries.
-  FA_DEVICE void put(const Factor& a, uint32_t dst) {
-    const int lane = int(threadIdx.x) % 32, row = int(threadIdx.x) / 32 * 16 + lane % 16;
-    FA_UNROLL
-    for (int step = 0; step < kM / 16; ++step) {
-      const int chunk = 2 * step + lane / 16;
-      store_matrices(dst + chunk / 8 * (kN * 128) + row * 128 + ((chunk ^ row) % 8) * 16, a.value[0][step]);
-    }
-  }
-
-  // Ends are relative to a lane's first query: one comparison with a constant for each element and end.
-  FA_DEVICE void hide(int query, Scores& scores, Scores& gradient) {
-    const int lane_col = int(threadIdx.x) % 4 * 2, origin = query + lane_col;
-    const auto hide_if = [&](IntRows& bound, auto&& hidden) {
-      Scores::for_each([&](int slot, int, int col, int reg) {
-        if (hidden(col - lane_col, bound[slot])) scores[reg] = gradient[reg] = 0;
-      });
-    };
-    if (query < mask.queries_begin(work.key_begin + kN - 1)) {
-      IntRows begin;
-      IntRows::for_each([&](int slot, int row, bool) {
-        begin[slot] = mask.queries_begin(work.key_begin + row) - origin;
-      });
-      hide_if(begin, [](int col, int begin) { return col < begin; });
-    }
-    if (query + kM > mask.queries_end(work.key_begin + 1) || work.key_begin + kN > mask.len_k) {
-      IntRows end;
-      IntRows::for_each([&](int slot, int row, bool) {
-        const int key = work.key_begin + row;
-        end[slot] = (key < mask.len_k ? mask.queries_end(key + 1) : query) - origin;
-      });
-      hide_if(end, [](int col, int end) { return col >= end; });
-    }
   }
 
   FA_DEVICE void write(KeyGradient& gradient, const TensorRef& dst, float scale, uint32_t i) {

@@ -38,10 +38,12 @@ struct BackwardTuning<64> {
   static constexpr int kBlockM = 128, kWarpsQ = 8;  // kWarpsQ: warps along the queries of dQ
 };
 template <>
-struct BackwardTuning<128> {
+struct BackwardTuning<96> {
   static constexpr bool kCovered = true;
   static constexpr int kBlockM = 64, kWarpsQ = 4;
 };
+template <>
+struct BackwardTuning<128> : BackwardTuning<96> {};
 
 // sm80's main loops on Hopper: its tuning, but for the forward's key block and the fragments of dQ, as above.
 template <Kernel KERNEL, class T, int D, bool MODIFIED>
@@ -62,6 +64,14 @@ template <bool MODIFIED>
 struct Tuning<Kernel::kBackward, Half, 128, MODIFIED> : sm80::BackwardTuning<64, 128, 8, 2, 4, 4, 2> {};
 template <bool MODIFIED>
 struct Tuning<Kernel::kBackward, BFloat16, 128, MODIFIED> : sm80::BackwardTuning<64, 128, 8, 2, 4, 4, 2> {};
+template <bool MODIFIED>
+struct Tuning<Kernel::kBackward, Half, 192, MODIFIED> : sm80::BackwardTuning<64, 64, 8, 4, 2, 4, 2> {};
+template <bool MODIFIED>
+struct Tuning<Kernel::kBackward, BFloat16, 192, MODIFIED> : sm80::BackwardTuning<64, 64, 8, 4, 2, 4, 2> {};
+template <bool MODIFIED>
+struct Tuning<Kernel::kBackward, Half, 256, MODIFIED> : sm80::BackwardTuning<64, 64, 8, 4, 2, 4, 1> {};
+template <bool MODIFIED>
+struct Tuning<Kernel::kBackward, BFloat16, 256, MODIFIED> : sm80::BackwardTuning<64, 64, 8, 4, 2, 4, 1> {};
 
 }  // namespace sm90
 }  // namespace flash_attn

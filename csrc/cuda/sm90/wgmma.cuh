@@ -90,13 +90,16 @@ struct Wgmma;
   };
 
 #define FA_REGS_4(c, i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
-#define FA_REGS_16(c, i) FA_REGS_4(c, i), FA_REGS_4(c, i + 4), FA_REGS_4(c, i + 8), FA_REGS_4(c, i + 12)
-#define FA_REGS_32(c) FA_REGS_16(c, 0), FA_REGS_16(c, 16)
-#define FA_REGS_48(c) FA_REGS_32(c), FA_REGS_16(c, 32)
-#define FA_REGS_64(c) FA_REGS_48(c), FA_REGS_16(c, 48)
-#define FA_REGS_96(c) FA_REGS_64(c), FA_REGS_16(c, 64), FA_REGS_16(c, 80)
-#define FA_REGS_128(c) FA_REGS_96(c), FA_REGS_16(c, 96), FA_REGS_16(c, 112)
+#define FA_REGS_16_AT(c, i) FA_REGS_4(c, i), FA_REGS_4(c, i + 4), FA_REGS_4(c, i + 8), FA_REGS_4(c, i + 12)
+#define FA_REGS_16(c) FA_REGS_16_AT(c, 0)
+#define FA_REGS_32(c) FA_REGS_16(c), FA_REGS_16_AT(c, 16)
+#define FA_REGS_48(c) FA_REGS_32(c), FA_REGS_16_AT(c, 32)
+#define FA_REGS_64(c) FA_REGS_48(c), FA_REGS_16_AT(c, 48)
+#define FA_REGS_96(c) FA_REGS_64(c), FA_REGS_16_AT(c, 64), FA_REGS_16_AT(c, 80)
+#define FA_REGS_128(c) FA_REGS_96(c), FA_REGS_16_AT(c, 96), FA_REGS_16_AT(c, 112)
 
+FA_WGMMA(32, "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}", FA_REGS_16, "%16", "%17", "%18",
+         "%19", "%20", "%21", "%22")
 FA_WGMMA(64,
          "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
          "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}",
@@ -170,6 +173,7 @@ FA_DEVICE void multiply_registers(float (&c)[N / 2], uint32_t (&a)[K / 16][4], u
 
 #undef FA_WGMMA
 #undef FA_REGS_4
+#undef FA_REGS_16_AT
 #undef FA_REGS_16
 #undef FA_REGS_32
 #undef FA_REGS_48

@@ -1,0 +1,192 @@
+// What Hopper's backwards have in common: persistent thread blocks that take blocks of keys, scores transposed.
+#pragma once
+
+#include "../attention/schedule.cuh"
+#include "../sm80/arch.cuh"
+#include "launch.cuh"
+#include "rows.cuh"
+#include "tma.cuh"
+#include "wgmma.cuh"
+
+namespace flash_attn {
+namespace sm90 {
+
+// A block of BLOCK_N keys at hand, and its walk over blocks of BLOCK_M queries.
+template <int BLOCK_M, int BLOCK_N>
+struct BackwardBlock {
+  using Params = BackwardParams;
+  static constexpr int kM = BLOCK_M, kN = BLOCK_N, kBlockM = kM, kBlockN = kN;
+
+  struct Launched {
+    BackwardParams p;
+    CUtensorMap q, k, v, dout;
+
+    explicit Launched(const BackwardParams& p)
+        : p(p), q(queries(p, p.q)), k(keys(p, p.k)), v(keys(p, p.v)), dout(queries(p, p.dout)) {}
+    static CUtensorMap queries(const BackwardParams& p, const TensorRef& t) {
+      return p.cu_seqlens_q ? tensor_map(t, p.dtype, 1, p.total_q, p.heads_q, p.head_dim, kM)
+                            : tensor_map(t, p.dtype, p.batch, p.seqlen_q, p.heads_q, p.head_dim, kM);
+    }
+    static CUtensorMap keys(const BackwardParams& p, const TensorRef& t) {
+      return p.cu_seqlens_q ? tensor_map(t, p.dtype, 1, p.total_k, p.heads_kv, p.head_dim, kN)
+                            : tensor_map(t, p.dtype, p.batch, p.seqlen_k, p.heads_kv, p.head_dim, kN);
+    }
+  };
+
+  static FA_HOST_DEVICE int64_t blocks(const Params& p) {
+    return int64_t(ceil_div(p.seqlen_k, kN)) * p.heads_kv * p.batch;
+  }
+
+  const Launched& launched;
+  const BackwardParams& p;
+  const int group;  // query heads per KV head
+  char* const shared;
+
+  // The block at hand, once take() has been called.
+  BackwardWork<kN> work;
+  Sequence seq;
+  Mask mask;
+  QueryWalk<kM, kN> walk;
+
+  FA_DEVICE BackwardBlock(const Launched& launched, char* shared)
+      : launched(launched),
+        p(launched.p),
+        group(p.heads_q / p.heads_kv),
+        shared(shared),
+        work(p, blockIdx.x),
+        seq(p, work.batch),
+        mask(p, seq),
+        walk(mask, work.key_begin) {}
+  FA_DEVICE void take(uint32_t block) {
+    work = BackwardWork<kN>(p, block);
+    seq = Sequence(p, work.batch);
+    mask = Mask(p, seq);
+    walk = QueryWalk<kM, kN>(mask, work.key_begin);
+  }
+  FA_DEVICE int steps() const { return group * walk.steps; }
+
+  // The position in a block's walk: heads of the group in turn, each over its visible query blocks. Steps are counted
+  // on through all blocks: a step's number says which stage, which buffers and which phase of their barriers it uses.
+  struct Step {
+    int head, index = 0;
+    FA_DEVICE Step(int head) : head(head) {}
+    FA_DEVICE void next(int steps) {
+      if (++index == steps) {
+        index = 0;
+        ++head;
+      }
+    }
+  };
+
+  // A block of queries has a sum of dQ in device memory and an entry of dq_turn, which counts who added. The first
+  // addition stores, so that nobody need clear the memory. In any order that is whoever comes first, and kStored in the
+  // count says that the store has landed.
+  static constexpr int32_t kStored = 1 << 30;
+  FA_DEVICE int64_t sum_of(int head, int query) const {
+    return head * query_blocks(p, kM) + first_query_block(p, work.batch, seq.first_q, kM) + query / kM;
+  }
+  // In the fixed order: waits until those before have added. Returns how many.
+  FA_DEVICE int32_t await_turn(const int32_t* turn, int query) const {
+    const int32_t before = walk.blocks_before(mask, work.key_begin, query);
+    while (sm80::load_acquire(turn) != before) {
+    }
+    return before;
+  }
+  // In any order: 0 for the first to come.
+  static FA_DEVICE int32_t take_turn(int32_t* turn) {
+    int32_t before = sm80::add_acquire(turn, 1);
+    while (before > 0 && before < kStored) before = sm80::load_acquire(turn);
+    return before;
+  }
+  // Whether somebody may wait for an addition to land; and telling them that it has.
+  FA_DEVICE bool is_awaited(int32_t before) const { return p.deterministic || before == 0; }
+  FA_DEVICE void pass_turn(int32_t* turn) const { sm80::add_release(turn, p.deterministic ? 1 : kStored); }
+
+  // Calls f(reg, value of the register's query) for a lane's part of transposed scores.
+  template <class F>
+  static FA_DEVICE void for_each_with(const float* of_query, F&& f) {
+    const float* of_lane = of_query + int(threadIdx.x) % 4 * 2;
+    FA_UNROLL
+    for (int n = 0; n < kM / 8; ++n) {
+      const float2 x = *reinterpret_cast<const float2*>(of_lane + 8 * n);
+      FA_UNROLL
+      for (int e = 0; e < 4; ++e) f(4 * n + e, e % 2 == 0 ? x.x : x.y);
+    }
+  }
+
+  // Scores to probabilities.
+  template <class Scores>
+  static FA_DEVICE void exponentiate(const float* negated_lse, float scale_log2, Scores& scores) {
+    for_each_with(negated_lse, [&](int reg, float negated_lse) {
+      scores[reg] = exp2_fast(fma_rn(scores[reg], scale_log2, negated_lse));
+    });
+  }
+
+  // clear(reg) for transposed scores that are hidden. Ends are relative to a lane's first query: one comparison with a
+  // constant for each element and end.
+  template <class Scores, class IntRows, class F>
+  FA_DEVICE void for_each_hidden(int query, F&& clear) const {
+    const int lane_col = int(threadIdx.x) % 4 * 2, origin = query + lane_col;
+    const auto clear_if = [&](IntRows& bound, auto&& hidden) {
+      Scores::for_each([&](int slot, int, int col, int reg) {
+        if (hidden(col - lane_col, bound[slot])) clear(reg);
+      });
+    };
+    if (query < mask.queries_begin(work.key_begin + kN - 1)) {
+      IntRows begin;
+      IntRows::for_each([&](int slot, int row, bool) {
+        begin[slot] = mask.queries_begin(work.key_begin + row) - origin;
+      });
+      clear_if(begin, [](int col, int begin) { return col < begin; });
+    }
+    if (query + kM > mask.queries_end(work.key_begin + 1) || work.key_begin + kN > mask.len_k) {
+      IntRows end;
+      IntRows::for_each([&](int slot, int row, bool) {
+        const int key = work.key_begin + row;
+        end[slot] = (key < mask.len_k ? mask.queries_end(key + 1) : query) - origin;
+      });
+      clear_if(end, [](int col, int end) { return col >= end; });
+    }
+  }
+
+  // 16 rows of dS^T of a warp to shared memory, from row `first` on: rows of keys, in panels of 64 queries.
+  template <class Factor>
+  static FA_DEVICE void put(const Factor& a, uint32_t dst, int first) {
+    const int lane = int(threadIdx.x) % 32, row = first + lane % 16;
+    FA_UNROLL
+    for (int step = 0; step < kM / 16; ++step) {
+      const int chunk = 2 * step + lane / 16;
+      store_matrices(dst + chunk / 8 * (kN * 128) + row * 128 + ((chunk ^ row) % 8) * 16, a.value[0][step]);
+    }
+  }
+};
+
+// The blocks that a thread block does, from the warp that loads to everyone else.
+struct Announcements {
+  static constexpr uint32_t kNone = 0xffffffffu;
+  Barrier full[2], free[2];
+  uint32_t block[2];
+
+  FA_DEVICE void init(int readers) {  // threads
+    for (int buffer = 0; buffer < 2; ++buffer) {
+      full[buffer].init(1);
+      free[buffer].init(readers);
+    }
+  }
+  // The n-th is `next`, or kNone.
+  FA_DEVICE void tell(uint32_t n, uint32_t next) {
+    free[n % 2].wait(n / 2 % 2 ^ 1);
+    if (!first_lane()) return;
+    block[n % 2] = next;
+    full[n % 2].arrive();
+  }
+  FA_DEVICE uint32_t told(uint32_t n) {
+    full[n % 2].wait(n / 2 % 2);
+    const uint32_t next = *const_cast<volatile uint32_t*>(&block[n % 2]);
+    free[n % 2].arrive();
+    return next;
+  }
+};
+
+}  // namespace sm90
+}  // namespace flash_attn

@@ -1,0 +1,372 @@
+// The backward on Hopper for wide heads, whose gradients of 64 keys fill the registers: one warpgroup has dV, the
+// other dK, over all columns. The first works out S^T = K Q^T and from it P^T, which is its own left factor for dV and
+// goes to the other through shared memory; that one works out dP^T = V dO^T, and dS^T from both, for dK and, through
+// shared memory, for dQ = dS K, of which either does half of the columns one step behind. dQ is added to device memory
+// from registers; a warp of its own sees to whose turn it is. Otherwise as backward.cuh.
+#pragma once
+
+#include "../tile/tile.cuh"
+#include "backward_block.cuh"
+#include "tuning.cuh"
+
+namespace flash_attn {
+namespace sm90 {
+
+template <class T_, int D>
+struct WideBackward : BackwardBlock<64, 64> {
+  using T = T_;
+  using Scalar = float;
+  using Block = BackwardBlock<64, 64>;
+  static constexpr int kD = D, kStages = 2;
+  static constexpr int kComputing = 256, kThreads = 384;
+  static constexpr int kComputingRegisters = 232, kLoadingRegisters = 40;  // as in backward.cuh
+
+  using A = Sm80::Block<8>;
+  using Scores = sm80::Accumulator<float, kN, kM, 4, 4>;  // [keys, queries], of a warpgroup
+  using Factor = sm80::Operand<T, kN, kM, 4>;
+  using KeyGradient = sm80::Accumulator<float, kN, D, 4, 4>;
+  using QueryGradient = sm80::Accumulator<float, kM, D, 4, 8>;
+  using IntRows = sm80::Rows<int, kN, 4>;
+
+  static constexpr int kPanels = D / 64, kPanel = 64 * 128, kBytes = kPanels * kPanel;  // of K, V, Q and dO alike
+  static constexpr int kQAt = 2 * kBytes, kDoAt = kQAt + kStages * kBytes, kPAt = kDoAt + kStages * kBytes;
+  static constexpr int kPBytes = kM * kN * 4, kDsBytes = kM * kN * 2;
+  static constexpr int kDsAt = kPAt + kPBytes, kRowsAt = kDsAt + 2 * kDsBytes;
+  static constexpr int kBarriersAt = kRowsAt + kStages * 2 * kM * 4;
+
+  struct Barriers {
+    Announcements next;
+    Barrier keys_full, keys_free, q_full[kStages], q_free[kStages], do_full[kStages], do_free[kStages];
+    Barrier p_full[4], p_free[4];  // of a warp that computes P, and of the one that needs it
+    Barrier ds_full[2], may_add, added;
+    float* sum;  // to which the next dQ is to be added
+    bool stores;  // rather than adds
+  };
+  static constexpr int kBarrierBytes = 256;
+  static_assert(sizeof(Barriers) <= kBarrierBytes);
+  static constexpr int kSharedBytes = kBarriersAt + kBarrierBytes, kStashBytes = 0;
+
+  static void launch(const void* params, int64_t blocks, int shared_bytes, void* stream) {
+    launch_blocks<WideBackward>(Launched(*static_cast<const Params*>(params)),
+                                std::min<int64_t>(blocks, multiprocessors()), 1, shared_bytes, stream);
+  }
+  static const void* device() { return reinterpret_cast<const void*>(&run_blocks<WideBackward>); }
+
+  Barriers& barriers;
+
+  FA_DEVICE WideBackward(const Launched& launched, char* shared)
+      : Block(launched, shared), barriers(*reinterpret_cast<Barriers*>(shared + kBarriersAt)) {}
+
+  FA_DEVICE uint32_t k_address() const { return shared_address(shared); }
+  FA_DEVICE uint32_t v_address() const { return k_address() + kBytes; }
+  FA_DEVICE uint32_t q_address(int stage) const { return k_address() + kQAt + stage * kBytes; }
+  FA_DEVICE uint32_t do_address(int stage) const { return k_address() + kDoAt + stage * kBytes; }
+  FA_DEVICE uint32_t ds_address(uint32_t i) const { return k_address() + kDsAt + i % 2 * kDsBytes; }
+  FA_DEVICE float* negated_lse(int stage) const { return reinterpret_cast<float*>(shared + kRowsAt) + stage * kM; }
+  FA_DEVICE float* delta(int stage) const { return negated_lse(kStages + stage); }
+  // What a warp of the first warpgroup and one of the second exchange.
+  FA_DEVICE static int pair() { return int(threadIdx.x) / 32 % 4; }
+  FA_DEVICE char* room_of_pair() const { return shared + kPAt + pair() * (kPBytes / 4); }
+
+  FA_DEVICE void run() {
+    if (threadIdx.x == 0) {
+      barriers.next.init(kComputing + 1);
+      barriers.keys_full.init(1);
+      barriers.keys_free.init(8);
+      for (int stage = 0; stage < kStages; ++stage) {
+        barriers.ds_full[stage].init(4);
+        barriers.q_full[stage].init(32);  // every lane that loads rows
+        barriers.do_full[stage].init(32);
+        barriers.q_free[stage].init(kComputing);  // every lane that may have read rows
+        barriers.do_free[stage].init(kComputing);
+      }
+      for (int pair = 0; pair < 4; ++pair) {
+        barriers.p_full[pair].init(32);
+        barriers.p_free[pair].init(32);
+      }
+      barriers.may_add.init(1);
+      barriers.added.init(8);
+      fence_barrier_init();
+    }
+    __syncthreads();
+    if (threadIdx.x >= kComputing) {
+      keep_registers<kLoadingRegisters>();
+      const int warp = (int(threadIdx.x) - kComputing) / 32;
+      if (warp == 0) load();
+      if (warp == 1 && first_lane()) take_turns();
+    } else {
+      take_registers<kComputingRegisters>();
+      if (warpgroup() == 0) {
+        compute<false>();
+      } else {
+        compute<true>();
+      }
+    }
+  }
+
+  FA_DEVICE void load() {
+    if (first_lane()) {
+      prefetch(launched.q);
+      prefetch(launched.dout);
+    }
+    const uint32_t blocks = uint32_t(Block::blocks(p));
+    uint32_t i = 0, loads = 0, block = blockIdx.x;
+    for (uint32_t n = 0; block < blocks; ++n) {
+      barriers.next.tell(n, block);
+      take(block);
+      if (steps() > 0) load_keys(loads++);
+      load_queries(i);
+      block = take_block(p.blocks_taken);
+      if (block >= blocks) barriers.next.tell(n + 1, Announcements::kNone);
+    }
+  }
+
+  FA_DEVICE void load_rows(uint32_t dst, const CUtensorMap& map, Barrier& full, int row, int head) const {
+    for (int panel = 0; panel < kPanels; ++panel) {
+      load_box(dst + panel * kPanel, map, full, panel * 64, row, head, p.cu_seqlens_q ? 0 : work.batch);
+    }
+  }
+  FA_DEVICE void load_keys(uint32_t load) {
+    barriers.keys_free.wait(load % 2 ^ 1);
+    if (!first_lane()) return;
+    const int row = int(seq.first_k) + work.key_begin;
+    barriers.keys_full.arrive_expecting(2 * kBytes);
+    load_rows(k_address(), launched.k, barriers.keys_full, row, work.kv_head);
+    load_rows(v_address(), launched.v, barriers.keys_full, row, work.kv_head);
+  }
+
+  // From step i on.
+  FA_DEVICE void load_queries(uint32_t& i) {
+    Step step(work.kv_head * group);
+    for (int left = steps(); left > 0; --left, ++i, step.next(walk.steps)) {
+      const int query = walk.query(step.index), stage = int(i % 2);
+      load_queries(i, query, step.head, q_address(stage), launched.q, p.lse, negated_lse(stage), -float(kLog2E),
+                   infinity<float>(), barriers.q_full[stage], barriers.q_free[stage]);
+      load_queries(i, query, step.head, do_address(stage), launched.dout, p.delta, delta(stage), 1.0f, 0.0f,
+                   barriers.do_full[stage], barriers.do_free[stage]);
+    }
+  }
+  // A tile, and a value for each of its rows, times `scale`; `beyond` for those that do not exist.
+  FA_DEVICE void load_queries(uint32_t i, int query, int head, uint32_t dst, const CUtensorMap& map,
+                              const RowsRef& values, float* values_dst, float scale, float beyond, Barrier& full,
+                              Barrier& free) const {
+    const int lane = int(threadIdx.x) % 32, rows = seq.len_q - query;
+    const float* from = head_rows<const float>(values, work.batch, head, seq.first_q + query);
+    const float low = lane < rows ? from[lane] : beyond, high = lane + 32 < rows ? from[lane + 32] : beyond;
+    free.wait(i / 2 % 2 ^ 1);
+    if (lane == 0) {
+      full.expect(kBytes);
+      load_rows(dst, map, full, int(seq.first_q) + query, head);
+    }
+    values_dst[lane] = low * scale;
+    values_dst[lane + 32] = high * scale;
+    full.arrive();
+  }
+
+  // One thread: sees to it that a step's dQ is added in any order, or when it is this thread block's turn.
+  FA_DEVICE void take_turns() {
+    uint32_t i = 0;
+    for (uint32_t n = 0;; ++n) {
+      const uint32_t block = barriers.next.told(n);
+      if (block == Announcements::kNone) return;
+      take(block);
+      Step step(work.kv_head * group);
+      for (int left = steps(); left > 0; --left, ++i, step.next(walk.steps)) {
+        const int query = walk.query(step.index);
+        const int64_t at = sum_of(step.head, query);
+        int32_t* const turn = p.dq_turn + at;
+        const int32_t before = p.deterministic ? await_turn(turn, query) : take_turn(turn);
+        barriers.sum = static_cast<float*>(p.dq_accum) + at * (kM * D);
+        barriers.stores = before == 0;
+        barriers.may_add.arrive();
+        barriers.added.wait(i % 2);
+        if (is_awaited(before)) pass_turn(turn);  // cumulative: covers what the others wrote before they arrived
+      }
+    }
+  }
+
+  // KEYS: dK, else dV.
+  template <bool KEYS>
+  FA_DEVICE void compute() {
+    uint32_t i = 0, loads = 0;
+    for (uint32_t n = 0;; ++n) {
+      const uint32_t block = __shfl_sync(0xffffffffu, barriers.next.told(n), 0);
+      if (block == Announcements::kNone) return;
+      take(block);
+      clear_spare_rows<A>(p, p.cu_seqlens_k, p.total_k, work.batch, work.key_begin / kN, ceil_div(p.seqlen_k, kN),
+                          [&](int64_t row, int col) {
+                            head_rows<T>(p.dk, 0, work.kv_head, row)[col] = T{};
+                            head_rows<T>(p.dv, 0, work.kv_head, row)[col] = T{};
+                          });
+      if (work.key_begin >= seq.stored_k) continue;
+      KeyGradient sum;
+      sum.fill(0);
+      if (steps() > 0) walk_queries<KEYS>(i, loads, sum);
+      write<KEYS>(sum, i);
+      sync_named(3, kComputing);  // the room for P was used
+    }
+  }
+
+  template <bool KEYS>
+  FA_DEVICE void walk_queries(uint32_t& i, uint32_t& loads, KeyGradient& sum) {
+    const bool foreign = p.cu_seqlens_q != nullptr || p.seqused_k != nullptr;  // see backward.cuh
+    barriers.keys_full.wait(loads++ % 2);
+    if (foreign && seq.len_k - work.key_begin < kN) clear_rows<kPanels>(shared, kPanel, seq.len_k - work.key_begin);
+    Step step(work.kv_head * group);
+    for (int left = steps(); left > 0; --left, ++i, step.next(walk.steps)) {
+      const int query = walk.query(step.index), known = foreign ? seq.len_q - query : kM;
+      const bool first = left == steps();
+      if (mask.all_visible(query, query + kM, work.key_begin, work.key_begin + kN)) {
+        visit<KEYS, false>(query, known, i, first, sum);
+      } else {
+        visit<KEYS, true>(query, known, i, first, sum);
+      }
+    }
+    float dq[kColsFirst / 2], more_dq[kColsMore / 2];
+    barriers.ds_full[(i - 1) % 2].wait((i - 1) / 2 % 2);
+    multiply_queries(dq, first_columns(), i - 1);
+    multiply_queries(more_dq, more_columns(), i - 1);
+    wgmma_wait<0>();
+    hold(dq);
+    hold(more_dq);
+    if (first_lane()) barriers.keys_free.arrive();
+    add_first(dq, i - 1);
+    add_more(more_dq);
+  }
+
+  // `known`: rows of queries that are the sequence's own.
+  template <bool KEYS, bool MASKED>
+  FA_DEVICE void visit(int query, int known, uint32_t i, bool first, KeyGradient& sum) {
+    const int stage = int(i % 2);
+    const uint32_t phase = i / 2 % 2;
+    Barrier &q_full = barriers.q_full[stage], &do_full = barriers.do_full[stage];
+    Scores x;  // S^T, then P^T; or dP^T, then dS^T
+    (KEYS ? do_full : q_full).wait(phase);
+    hold(x.value);
+    wgmma_fence();
+    multiply_panels<T, kM, D>(x.value, KEYS ? v_address() : k_address(), kPanel,
+                              KEYS ? do_address(stage) : q_address(stage), kPanel);
+    wgmma_wait<0>();
+    hold(x.value);
+    if constexpr (KEYS) {
+      for_each_with(delta(stage), [&](int reg, float delta) { x[reg] -= delta; });
+      receive(x, i);
+    } else {
+      exponentiate(negated_lse(stage), float(p.softmax_scale) * float(kLog2E), x);
+    }
+    if (MASKED) for_each_hidden<Scores, IntRows>(query, [&](int reg) { x[reg] = 0; });
+    if (!KEYS) send(x, i);
+    (KEYS ? barriers.do_free : barriers.q_free)[stage].arrive();
+    Factor factor(x);
+    if (KEYS) {
+      put(factor, ds_address(i), pair() * 16);
+      fence_async_proxy();
+      __syncwarp();
+      if (first_lane()) barriers.ds_full[stage].arrive();
+    }
+    (KEYS ? q_full : do_full).wait(phase);
+    if (known < kM) clear_rows<kPanels>(shared + (KEYS ? kQAt : kDoAt) + stage * kBytes, kPanel, known);
+    if (!first) barriers.ds_full[(i - 1) % 2].wait((i - 1) / 2 % 2);
+    float dq[kColsFirst / 2], more_dq[kColsMore / 2];
+    multiply_queries(dq, first_columns(), i - 1);  // of whatever is there in a block's first step
+    multiply_registers<T, D, kM>(sum.value, factor.value[0], KEYS ? q_address(stage) : do_address(stage), kPanel);
+    wgmma_wait<1>();
+    hold(dq);
+    if (!first) add_first(dq, i - 1);
+    multiply_queries(more_dq, more_columns(), i - 1);
+    wgmma_wait<1>();
+    hold(sum.value);
+    (KEYS ? barriers.q_free : barriers.do_free)[stage].arrive();
+    wgmma_wait<0>();
+    hold(more_dq);
+    if (!first) add_more(more_dq);
+  }
+
+  // P^T from one warpgroup to the other, lane by lane.
+  FA_DEVICE float4* exchanged(int n) const {
+    return reinterpret_cast<float4*>(room_of_pair()) + n * 32 + int(threadIdx.x) % 32;
+  }
+  FA_DEVICE void send(const Scores& x, uint32_t i) {
+    barriers.p_free[pair()].wait(i % 2 ^ 1);
+    FA_UNROLL
+    for (int n = 0; n < Scores::kRegs / 4; ++n) {
+      *exchanged(n) = float4{x[4 * n], x[4 * n + 1], x[4 * n + 2], x[4 * n + 3]};
+    }
+    barriers.p_full[pair()].arrive();
+  }
+  FA_DEVICE void receive(Scores& x, uint32_t i) {
+    barriers.p_full[pair()].wait(i % 2);
+    FA_UNROLL
+    for (int n = 0; n < Scores::kRegs / 4; ++n) {
+      const float4 p = *exchanged(n);
+      x[4 * n] *= p.x, x[4 * n + 1] *= p.y, x[4 * n + 2] *= p.z, x[4 * n + 3] *= p.w;
+    }
+    barriers.p_free[pair()].arrive();
+  }
+
+  // A warpgroup's half of dQ's columns, in two parts: a panel of K, then another, or at d=192 half of the middle one.
+  static constexpr int kColsFirst = 64, kColsMore = D / 2 - kColsFirst;
+  FA_DEVICE uint32_t first_columns() const { return k_address() + warpgroup() * 2 * kPanel; }
+  FA_DEVICE uint32_t more_columns() const {
+    return kColsMore == 64 ? first_columns() + kPanel : k_address() + kPanel + warpgroup() * 64;
+  }
+  template <int REGS>
+  FA_DEVICE void multiply_queries(float (&dq)[REGS], uint32_t columns, uint32_t i) {
+    const uint64_t a = descriptor(ds_address(i), 0), b = descriptor(columns, kPanel);
+    hold(dq);
+    wgmma_fence();
+    FA_UNROLL
+    for (int step = 0; step < kN / 16; ++step) {
+      Wgmma<2 * REGS>::template shared<T, true, true>(dq, advance(a, step * 16 * 128), advance(b, step * 16 * 128),
+                                                      step > 0);
+    }
+    wgmma_commit();
+  }
+
+  // To device memory, in the order of QueryGradient's registers: their columns ascend.
+  FA_DEVICE void add_first(const float (&dq)[kColsFirst / 2], uint32_t i) {
+    barriers.may_add.wait(i % 2);
+    add(dq, kColsMore == 32 && warpgroup() == 1 ? kColsMore / 2 : 0);
+  }
+  FA_DEVICE void add_more(const float (&dq)[kColsMore / 2]) {
+    add(dq, kColsMore == 32 && warpgroup() == 1 ? 0 : kColsFirst / 2);
+    __syncwarp();
+    if (first_lane()) barriers.added.arrive();
+  }
+  template <int REGS>
+  FA_DEVICE void add(const float (&dq)[REGS], int to) {
+    float* const sum = *const_cast<float* volatile*>(&barriers.sum) + to * kComputing + int(threadIdx.x) * 4;
+    if (*const_cast<volatile bool*>(&barriers.stores)) {
+      FA_UNROLL
+      for (int reg = 0; reg < REGS; reg += 4) {
+        *reinterpret_cast<float4*>(sum + reg * kComputing) = float4{dq[reg], dq[reg + 1], dq[reg + 2], dq[reg + 3]};
+      }
+    } else {
+      FA_UNROLL
+      for (int reg = 0; reg < REGS; reg += 4) sm80::reduce_add(sum + reg * kComputing, dq + reg);
+    }
+  }
+
+  template <bool KEYS>
+  FA_DEVICE void write(KeyGradient& sum, uint32_t i) {
+    const TensorRef& dst = KEYS ? p.dk : p.dv;
+    if (KEYS) {
+      KeyGradient::for_each([&](int, int, int, int reg) { sum[reg] *= float(p.softmax_scale); });
+    } else {
+      barriers.p_free[pair()].wait(i % 2 ^ 1);  // the other has read what is in the room
+    }
+    constexpr int kCols = 32;
+    static_assert(2 * kTurnBytes<kCols> <= kPBytes / 4);
+    const int row = pair() * 16;
+    char* const scratch = room_of_pair() + (KEYS ? kTurnBytes<kCols> : 0);
+    T* const to = head_rows<T>(dst, work.batch, work.kv_head, seq.first_k + work.key_begin + row);
+    FA_UNROLL
+    for (int col = 0; col < D; col += kCols) {
+      write_rows<T, kCols>(sum.value + col / 2, scratch, to + col, dst.row_stride, seq.stored_k - work.key_begin - row,
+                           p.head_dim - col);
+    }
+  }
+};
+
+}  // namespace sm90
+}  // namespace flash_attn
