@@ -196,7 +196,7 @@ struct Backward : BackwardBlock<BackwardTuning<D>::kBlockM, 128> {
       }
       wait_written<true>();
       barriers.dq_free[buffer].arrive();
-      if (Block::is_awaited(before)) {
+      if (Block::is_awaited(before == 0)) {
         wait_written<false>();
         Block::pass_turn(turn);
       }

@@ -99,7 +99,7 @@ struct BackwardBlock {
     return before;
   }
   // Whether somebody may wait for an addition to land; and telling them that it has.
-  FA_DEVICE bool is_awaited(int32_t before) const { return p.deterministic || before == 0; }
+  FA_DEVICE bool is_awaited(bool stores) const { return p.deterministic || stores; }
   FA_DEVICE void pass_turn(int32_t* turn) const { sm80::add_release(turn, p.deterministic ? 1 : kStored); }
 
   // Calls f(reg, value of the register's query) for a lane's part of transposed scores.

@@ -38,11 +38,13 @@ struct WideBackward : BackwardBlock<64, 64> {
     Announcements next;
     Barrier keys_full, keys_free, q_full[kStages], q_free[kStages], do_full[kStages], do_free[kStages];
     Barrier p_full[4], p_free[4];  // of a warp that computes P, and of the one that needs it
-    Barrier ds_full[2], may_add, added;
-    float* sum;  // to which the next dQ is to be added
-    bool stores;  // rather than adds
+    Barrier ds_full[2], may_add[2], added[2], passed_on[2];
+    struct {
+      float* sum;
+      bool stores;  // rather than adds
+    } target[2];    // of a step's dQ
   };
-  static constexpr int kBarrierBytes = 256;
+  static constexpr int kBarrierBytes = 384;
   static_assert(sizeof(Barriers) <= kBarrierBytes);
   static constexpr int kSharedBytes = kBarriersAt + kBarrierBytes, kStashBytes = 0;
 
@@ -70,7 +72,7 @@ struct WideBackward : BackwardBlock<64, 64> {
 
   FA_DEVICE void run() {
     if (threadIdx.x == 0) {
-      barriers.next.init(kComputing + 1);
+      barriers.next.init(kComputing + 2);
       barriers.keys_full.init(1);
       barriers.keys_free.init(8);
       for (int stage = 0; stage < kStages; ++stage) {
@@ -84,8 +86,11 @@ struct WideBackward : BackwardBlock<64, 64> {
         barriers.p_full[pair].init(32);
         barriers.p_free[pair].init(32);
       }
-      barriers.may_add.init(1);
-      barriers.added.init(8);
+      for (int buffer = 0; buffer < 2; ++buffer) {
+        barriers.may_add[buffer].init(1);
+        barriers.added[buffer].init(8);
+        barriers.passed_on[buffer].init(1);
+      }
       fence_barrier_init();
     }
     __syncthreads();
@@ -93,7 +98,8 @@ struct WideBackward : BackwardBlock<64, 64> {
       keep_registers<kLoadingRegisters>();
       const int warp = (int(threadIdx.x) - kComputing) / 32;
       if (warp == 0) load();
-      if (warp == 1 && first_lane()) take_turns();
+      if (warp == 1 && first_lane()) take_turns<true>();
+      if (warp == 2 && first_lane()) take_turns<false>();
     } else {
       take_registers<kComputingRegisters>();
       if (warpgroup() == 0) {
@@ -163,7 +169,9 @@ struct WideBackward : BackwardBlock<64, 64> {
     full.arrive();
   }
 
-  // One thread: sees to it that a step's dQ is added in any order, or when it is this thread block's turn.
+  // Two threads see to it that a step's dQ is added in any order, or when it is this thread block's turn: one waits for
+  // the turn ahead of those who add, the other passes it on behind them.
+  template <bool AHEAD>
   FA_DEVICE void take_turns() {
     uint32_t i = 0;
     for (uint32_t n = 0;; ++n) {
@@ -175,12 +183,19 @@ struct WideBackward : BackwardBlock<64, 64> {
         const int query = walk.query(step.index);
         const int64_t at = sum_of(step.head, query);
         int32_t* const turn = p.dq_turn + at;
-        const int32_t before = p.deterministic ? await_turn(turn, query) : take_turn(turn);
-        barriers.sum = static_cast<float*>(p.dq_accum) + at * (kM * D);
-        barriers.stores = before == 0;
-        barriers.may_add.arrive();
-        barriers.added.wait(i % 2);
-        if (is_awaited(before)) pass_turn(turn);  // cumulative: covers what the others wrote before they arrived
+        const uint32_t phase = i / 2 % 2;
+        auto& target = barriers.target[i % 2];
+        if (AHEAD) {
+          barriers.passed_on[i % 2].wait(phase ^ 1);
+          target.sum = static_cast<float*>(p.dq_accum) + at * (kM * D);
+          target.stores = (p.deterministic ? await_turn(turn, query) : take_turn(turn)) == 0;
+          barriers.may_add[i % 2].arrive();
+        } else {
+          barriers.added[i % 2].wait(phase);
+          const bool awaited = is_awaited(target.stores);
+          barriers.passed_on[i % 2].arrive();
+          if (awaited) pass_turn(turn);  // cumulative: covers what the others wrote before they arrived
+        }
       }
     }
   }
@@ -231,7 +246,7 @@ struct WideBackward : BackwardBlock<64, 64> {
     hold(more_dq);
     if (first_lane()) barriers.keys_free.arrive();
     add_first(dq, i - 1);
-    add_more(more_dq);
+    add_more(more_dq, i - 1);
   }
 
   // `known`: rows of queries that are the sequence's own.
@@ -279,7 +294,7 @@ struct WideBackward : BackwardBlock<64, 64> {
     (KEYS ? barriers.q_free : barriers.do_free)[stage].arrive();
     wgmma_wait<0>();
     hold(more_dq);
-    if (!first) add_more(more_dq);
+    if (!first) add_more(more_dq, i - 1);
   }
 
   // P^T from one warpgroup to the other, lane by lane.
@@ -325,18 +340,19 @@ struct WideBackward : BackwardBlock<64, 64> {
 
   // To device memory, in the order of QueryGradient's registers: their columns ascend.
   FA_DEVICE void add_first(const float (&dq)[kColsFirst / 2], uint32_t i) {
-    barriers.may_add.wait(i % 2);
-    add(dq, kColsMore == 32 && warpgroup() == 1 ? kColsMore / 2 : 0);
+    barriers.may_add[i % 2].wait(i / 2 % 2);
+    add(dq, kColsMore == 32 && warpgroup() == 1 ? kColsMore / 2 : 0, i);
   }
-  FA_DEVICE void add_more(const float (&dq)[kColsMore / 2]) {
-    add(dq, kColsMore == 32 && warpgroup() == 1 ? 0 : kColsFirst / 2);
+  FA_DEVICE void add_more(const float (&dq)[kColsMore / 2], uint32_t i) {
+    add(dq, kColsMore == 32 && warpgroup() == 1 ? 0 : kColsFirst / 2, i);
     __syncwarp();
-    if (first_lane()) barriers.added.arrive();
+    if (first_lane()) barriers.added[i % 2].arrive();
   }
   template <int REGS>
-  FA_DEVICE void add(const float (&dq)[REGS], int to) {
-    float* const sum = *const_cast<float* volatile*>(&barriers.sum) + to * kComputing + int(threadIdx.x) * 4;
-    if (*const_cast<volatile bool*>(&barriers.stores)) {
+  FA_DEVICE void add(const float (&dq)[REGS], int to, uint32_t i) {
+    const volatile auto& target = barriers.target[i % 2];
+    float* const sum = target.sum + to * kComputing + int(threadIdx.x) * 4;
+    if (target.stores) {
       FA_UNROLL
       for (int reg = 0; reg < REGS; reg += 4) {
         *reinterpret_cast<float4*>(sum + reg * kComputing) = float4{dq[reg], dq[reg + 1], dq[reg + 2], dq[reg + 3]};
