@@ -66,7 +66,9 @@ struct ForwardParams : AttentionParams {
   int split_size;
   int num_splits;
   bool deterministic;             // no split by heuristic: the batch's size must not change a row's bits
-  void* partial_out;              // accum [num_splits, batch, heads_q, seqlen_q, head_dim], not normalised
+  // accum [num_splits, batch, heads_q, seqlen_q, head_dim], not normalised. With num_splits 1: the running folds of a
+  // kernel that has them in device memory, KernelInfo::stash_device_bytes for each thread block.
+  void* partial_out;
   void* partial_max;              // accum [num_splits, batch, heads_q, seqlen_q], log2 units
   void* partial_sum;              // accum [num_splits, batch, heads_q, seqlen_q]
   // [batch, heads_q, seqlen_q, seqlen_k] in q's dtype, contiguous, or null: probabilities, negative where dropped.

@@ -35,6 +35,7 @@ struct KernelInfo {
   int threads;           // of a GPU thread block
   int shared_bytes;      // the host: of scratch
   int stash_bytes;       // more of them, where a row has several chunks
+  int stash_device_bytes;  // and device memory, for each thread block
   int64_t (*blocks)(const void* params);  // how many blocks these params make
   HostKernel host;       // null on a GPU
   const void* device;    // the __global__ function; null on the host

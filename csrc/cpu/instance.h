@@ -18,7 +18,7 @@ int64_t blocks_of(const void* params) {
 // A constant expression: a table entry is initialised without running code of its machine.
 template <class K>
 constexpr KernelInfo kernel_info(KernelKey key) {
-  return {key, K::kBlockM, K::kBlockN, K::kThreads, K::kSharedBytes, K::kStashBytes, &blocks_of<K>, &run_on_host<K>,
+  return {key, K::kBlockM, K::kBlockN, K::kThreads, K::kSharedBytes, K::kStashBytes, 0, &blocks_of<K>, &run_on_host<K>,
           nullptr, nullptr};
 }
 

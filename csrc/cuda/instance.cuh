@@ -29,6 +29,12 @@ struct Launcher<K, std::void_t<decltype(K::launch)>> {
   static const void* device() { return K::device(); }
 };
 
+// And may keep running folds in device memory.
+template <class K, class = void>
+constexpr int kStashDeviceBytes = 0;
+template <class K>
+constexpr int kStashDeviceBytes<K, std::void_t<decltype(K::kStashDeviceBytes)>> = K::kStashDeviceBytes;
+
 template <class K>
 KernelInfo kernel_info(const KernelKey& key) {
   KernelInfo info{};
@@ -38,6 +44,7 @@ KernelInfo kernel_info(const KernelKey& key) {
   info.threads = K::kThreads;
   info.shared_bytes = K::kSharedBytes;
   info.stash_bytes = K::kStashBytes;
+  info.stash_device_bytes = kStashDeviceBytes<K>;
   info.blocks = blocks_of<K>;
   info.device = Launcher<K>::device();
   info.launch = Launcher<K>::kLaunch;

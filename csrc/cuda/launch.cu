@@ -226,6 +226,13 @@ size_t tiles_taken_bytes(const ForwardParams& p, const KernelInfo& kernel, const
   return p.num_splits == 1 && blocks_differ(p) && many ? blocks_taken_bytes(kernel) : 0;
 }
 
+// The running folds of the thread blocks that there are at a time.
+size_t stash_device_bytes(const ForwardParams& p, const KernelInfo& kernel, const Queue& queue) {
+  if (!may_fold(p) || kernel.stash_device_bytes == 0) return 0;
+  const int64_t at_once = device_attribute(cudaDevAttrMultiProcessorCount, queue);
+  return size_t(std::min(kernel.blocks(&p), at_once)) * kernel.stash_device_bytes;
+}
+
 Workspace plan_forward(ForwardParams& p, const Queue& queue) {
   make_rows_of_heads(p);
   check_rows(p);
@@ -259,7 +266,7 @@ Workspace plan_forward(ForwardParams& p, const Queue& queue) {
     p.num_splits = ceil_div(p.seqlen_k, p.split_size);
     if (p.num_splits == 1) p.split_size = 0;
   }
-  if (p.num_splits == 1) return {tiles_taken_bytes(p, kernel, queue)};
+  if (p.num_splits == 1) return {tiles_taken_bytes(p, kernel, queue) + stash_device_bytes(p, kernel, queue)};
   return {align(size_t(partial_rows(p)) * p.head_dim * sizeof(float)) +
           2 * align(size_t(partial_rows(p)) * sizeof(float))};
 }
@@ -278,10 +285,12 @@ void forward(ForwardParams p, void* workspace, const Queue& queue) {
     launch(find(queue, KernelKind::kCombine, p.dtype), p, queue);
     return;
   }
-  if (const size_t bytes = tiles_taken_bytes(p, kernel, queue)) {
+  const size_t taken_bytes = tiles_taken_bytes(p, kernel, queue);
+  if (taken_bytes > 0) {
     p.tiles_taken = static_cast<uint32_t*>(workspace);
-    check(cudaMemsetAsync(workspace, 0, bytes, static_cast<cudaStream_t>(queue.stream)), "clearing a counter");
+    check(cudaMemsetAsync(workspace, 0, taken_bytes, static_cast<cudaStream_t>(queue.stream)), "clearing a counter");
   }
+  p.partial_out = static_cast<char*>(workspace) + taken_bytes;
   launch(kernel, p, queue, may_fold(p) ? kernel.stash_bytes : 0);
 }
 

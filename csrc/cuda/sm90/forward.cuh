@@ -54,12 +54,14 @@ struct Forward {
   static_assert(sizeof(Barriers) <= kBarrierBytes);
 
   // Behind the tiles: room in which a warp turns its rows' fragments into rows. A row with several chunks has the
-  // running fold's output there as well, and its maximum and sum.
+  // running fold's output there as well, and its maximum and sum; in device memory where it is too wide.
   static constexpr int kRoomAt = kTileBytes + kBarrierBytes + kMessages * kGroups * kMessageBytes;
   static constexpr int kOutCols = D < 128 ? D : 128;  // that a warp turns at once
   static constexpr int kOutBytes = kTurnBytes<kOutCols>, kStash = 16 * D * 4;  // of a warp
   static constexpr int kSharedBytes = kRoomAt + kWarps * kOutBytes;
-  static constexpr int kStashBytes = kWarps * (kStash - kOutBytes) + 2 * kM * 4;
+  static constexpr bool kStashIsShared = D <= 128;
+  static constexpr int kStashBytes = kStashIsShared ? kWarps * (kStash - kOutBytes) + 2 * kM * 4 : 0;
+  static constexpr int kStashDeviceBytes = kStashIsShared ? 0 : kWarps * kStash + 2 * kM * 4;
 
   // Where a head's tiles all see the same keys and there is an even number of them: two thread blocks, a cluster, take
   // neighbouring tiles, and each loads half of the keys' columns for both. That halves the traffic from the L2 cache.
@@ -437,7 +439,7 @@ struct Forward {
     if (p.num_splits > 1) return write_partial(p, work, rows, state.softmax, state.output);
     state.softmax.apply(scale, state.output);
     const int row = int(threadIdx.x) / 32 * 16;
-    char* const room = this->room(may_fold(p) ? kStash : kOutBytes);
+    char* const room = this->room(kStashIsShared && may_fold(p) ? kStash : kOutBytes);
     T* out = head_rows<T>(p.out, work.batch, work.head, tile.seq.first_q + work.query_begin + row);
     write_rows<T, kOutCols>(state.output.value, room, out, p.out.row_stride, rows - row, p.head_dim);
     if constexpr (D > kOutCols) {
@@ -574,25 +576,53 @@ struct Forward {
 
   // The running fold of chunks: each warp has its part of the memory, in which its rows are turned later.
   FA_DEVICE char* room(int bytes_of_warp) const { return shared + kRoomAt + int(threadIdx.x) / 32 * bytes_of_warp; }
-  FA_DEVICE float& stashed(int reg) {
-    return reinterpret_cast<float*>(room(kStash))[reg * 32 + int(threadIdx.x) % 32];
+  FA_DEVICE float* stash() const {
+    if (kStashIsShared) return reinterpret_cast<float*>(shared + kRoomAt);
+    return static_cast<float*>(p.partial_out) + int64_t(blockIdx.x) * (kStashDeviceBytes / 4);
   }
-  FA_DEVICE float& stashed_max(int row) { return reinterpret_cast<float*>(shared + kRoomAt + kWarps * kStash)[row]; }
+  // Calls f(reg, value) for each register of the output and what is stashed of it, and stores what that becomes.
+  template <bool LOAD, bool STORE, class F>
+  FA_DEVICE void over_stash(F&& f) {
+    const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
+    if constexpr (kStashIsShared) {
+      float* const values = reinterpret_cast<float*>(room(kStash)) + lane;
+      FA_UNROLL
+      for (int reg = 0; reg < Output::kRegs; ++reg) {
+        float x = LOAD ? values[reg * 32] : 0.0f;
+        f(reg, x);
+        if (STORE) values[reg * 32] = x;
+      }
+    } else {
+      float4* const values = reinterpret_cast<float4*>(stash() + warp * (kStash / 4)) + lane;
+      FA_UNROLL
+      for (int reg = 0; reg < Output::kRegs; reg += 4) {
+        float4 x = LOAD ? __ldcg(values + reg * 8) : float4{};
+        f(reg, x.x);
+        f(reg + 1, x.y);
+        f(reg + 2, x.z);
+        f(reg + 3, x.w);
+        if (STORE) __stcg(values + reg * 8, x);
+        if (reg % 24 == 20) __syncwarp();  // no more loads in flight than there are registers for
+      }
+    }
+  }
+  FA_DEVICE float& stashed_max(int row) { return stash()[kWarps * (kStash / 4) + row]; }
   FA_DEVICE float& stashed_sum(int row) { return stashed_max(kM + row); }
+
+  static FA_DEVICE int slot_of(int reg) { return reg / 2 % 2; }  // of a warp's two rows of a lane
 
   // A finished chunk joins those before it, or is the first. The next starts from scratch.
   FA_DEVICE void fold_into_stash(bool first, Output& output, OnlineSoftmax<float, Rows>& softmax) {
     softmax.finish();
     if (first) {
       keep_rows(softmax);
-      FA_UNROLL
-      for (int reg = 0; reg < Output::kRegs; ++reg) stashed(reg) = output[reg] + 0.0f;  // no -0, as from a fold
+      over_stash<false, true>([&](int reg, float& x) { x = output[reg] + 0.0f; });  // no -0, as from a fold
     } else {
       Rows keep, add;
       fold_rows(softmax, keep, add);
       keep_rows(softmax);
-      Output::for_each([&](int slot, int, int, int reg) {
-        stashed(reg) = fma_rn(output[reg], add[slot], stashed(reg) * keep[slot]);
+      over_stash<true, true>([&](int reg, float& x) {
+        x = fma_rn(output[reg], add[slot_of(reg)], x * keep[slot_of(reg)]);
       });
     }
     softmax.clear();
@@ -602,8 +632,8 @@ struct Forward {
   FA_DEVICE void fold_stash_into(Output& output, OnlineSoftmax<float, Rows>& softmax) {
     Rows keep, add;
     fold_rows(softmax, keep, add);
-    Output::for_each([&](int slot, int, int, int reg) {
-      output[reg] = fma_rn(output[reg], add[slot], stashed(reg) * keep[slot]);
+    over_stash<true, false>([&](int reg, float& x) {
+      output[reg] = fma_rn(output[reg], add[slot_of(reg)], x * keep[slot_of(reg)]);
     });
   }
   FA_DEVICE void fold_rows(OnlineSoftmax<float, Rows>& softmax, Rows& keep, Rows& add) {
