@@ -158,10 +158,21 @@ void launch(const KernelInfo& kernel, Params& params, const Queue& queue, int mo
 
 size_t align(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
-// Heads whose blocks are interleaved: as many as keep their `bytes_per_head` in half of the L2 cache.
-int choose_head_group(int64_t bytes_per_head, int64_t heads, const Queue& queue) {
-  const int64_t room = device_attribute(cudaDevAttrL2CacheSize, queue) / 2;
-  return int(std::max<int64_t>(1, std::min<int64_t>(heads, room / std::max<int64_t>(1, bytes_per_head))));
+// Heads, of `bytes` and `blocks` each, whose blocks are interleaved. Where a head's blocks are alike, as many as fill the
+// GPU: more would push each other's data out of the L2 cache. Where they differ, twice as many, so that short blocks fill
+// the gaps that long ones leave, and such that the last group is not much smaller. Never more than half of the cache holds.
+int choose_head_group(int64_t bytes, int blocks, int heads, bool differ, const Queue& queue) {
+  const int64_t room = device_attribute(cudaDevAttrL2CacheSize, queue) / 2 / std::max<int64_t>(1, bytes);
+  const int most = int(std::max<int64_t>(1, std::min<int64_t>(heads, room)));
+  const int wanted = device_attribute(cudaDevAttrMultiProcessorCount, queue) * (differ ? 2 : 1);
+  const int least = std::min(most, ceil_div(wanted, std::max(1, blocks)));
+  if (!differ) return least;
+  const auto last = [&](int group) { return heads % group == 0 ? group : heads % group; };
+  int best = least;
+  for (int group = least; group <= std::min(most, 2 * least); ++group) {
+    if (last(group) * best > last(best) * group) best = group;
+  }
+  return best;
 }
 
 size_t element_bytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
@@ -244,7 +255,8 @@ Workspace plan_forward(ForwardParams& p, const Queue& queue) {
   }
   const int group = p.heads_q / p.heads_kv;
   const int64_t keys_bytes = 2 * int64_t(p.seqlen_k) * p.head_dim * element_bytes(p.dtype);
-  p.head_group = group * choose_head_group(keys_bytes, int64_t(p.heads_kv) * p.batch, queue);
+  const int tiles = ceil_div(p.seqlen_q, kernel.block_m) * group;
+  p.head_group = group * choose_head_group(keys_bytes, tiles, p.heads_kv * p.batch, blocks_differ(p), queue);
   const int64_t blocks = kernel.blocks(&p);
   const int64_t room = int64_t(2) * device_attribute(cudaDevAttrMultiProcessorCount, queue);
   if (p.s_dmask != nullptr && p.split_size == 0) return {0};  // a second pass needs the row's final sum
@@ -313,7 +325,8 @@ Workspace plan_backward(BackwardParams& p, const Queue& queue) {
   const int group = p.heads_q / p.heads_kv;
   const int64_t head_bytes =
       2 * (int64_t(p.seqlen_q) * group + p.seqlen_k) * p.head_dim * int64_t(element_bytes(p.dtype));
-  p.head_group = choose_head_group(head_bytes, int64_t(p.heads_kv) * p.batch, queue);
+  p.head_group = choose_head_group(head_bytes, ceil_div(p.seqlen_k, kernel.block_n), p.heads_kv * p.batch,
+                                   blocks_differ(p), queue);
   return {dq_accum_bytes(p, kernel) + dq_turn_bytes(p, kernel) + blocks_taken_bytes(kernel)};
 }
 

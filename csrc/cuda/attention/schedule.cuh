@@ -144,7 +144,7 @@ FA_HOST_DEVICE bool may_fold(const ForwardParams& p) {
 }
 
 // Whether a head's blocks may differ in the keys they see, and so in length.
-FA_HOST_DEVICE bool blocks_differ(const ForwardParams& p) {
+FA_HOST_DEVICE bool blocks_differ(const AttentionParams& p) {
   return p.window_left >= 0 || p.window_right >= 0 || p.cu_seqlens_q != nullptr || p.seqused_k != nullptr;
 }
 

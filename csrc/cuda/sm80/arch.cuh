@@ -94,8 +94,12 @@ struct Sm80 {
       struct alignas(16) Chunk {
         T element[kPerChunk];
       };
-      const int part = lane() % 8;
-      for (int row = lane() / 8; row < ROWS; row += kThreads / 8) {
+      constexpr int kAtOnce = kThreads / 8, kSteps = (ROWS + kAtOnce - 1) / kAtOnce;
+      const int part = lane() % 8, first = lane() / 8;
+      float sums[kSteps];  // of all rows, so that no store separates the loads
+      FA_UNROLL
+      for (int step = 0; step < kSteps; ++step) {
+        const int row = first + step * kAtOnce;
         float sum = 0;
         if (row < rows) {
           FA_UNROLL
@@ -117,6 +121,12 @@ struct Sm80 {
             for (int i = 0; i < kPerChunk; ++i) sum = fma_rn(widen(xs.element[i]), widen(ys.element[i]), sum);
           }
         }
+        sums[step] = sum;
+      }
+      FA_UNROLL
+      for (int step = 0; step < kSteps; ++step) {
+        const int row = first + step * kAtOnce;
+        float sum = sums[step];
         FA_UNROLL
         for (int distance = 1; distance < 8; distance *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
         if (part == 0 && row < rows) f(row, sum);
