@@ -231,10 +231,14 @@ void make_rows_of_heads(ForwardParams& p) {
 bool is_persistent(const KernelInfo& kernel) { return kernel.launch != nullptr; }
 size_t blocks_taken_bytes(const KernelInfo& kernel) { return is_persistent(kernel) ? align(sizeof(uint32_t)) : 0; }
 
+bool tiles_differ(const ForwardParams& p, const KernelInfo& kernel) {
+  return blocks_differ(p) || p.seqlen_q % kernel.block_m != 0;
+}
+
 // Tiles that differ in length are taken by whichever multiprocessor comes free.
 size_t tiles_taken_bytes(const ForwardParams& p, const KernelInfo& kernel, const Queue& queue) {
   const bool many = kernel.blocks(&p) > device_attribute(cudaDevAttrMultiProcessorCount, queue);
-  return p.num_splits == 1 && blocks_differ(p) && many ? blocks_taken_bytes(kernel) : 0;
+  return p.num_splits == 1 && tiles_differ(p, kernel) && many ? blocks_taken_bytes(kernel) : 0;
 }
 
 // The running folds of the thread blocks that there are at a time.
@@ -256,7 +260,7 @@ Workspace plan_forward(ForwardParams& p, const Queue& queue) {
   const int group = p.heads_q / p.heads_kv;
   const int64_t keys_bytes = 2 * int64_t(p.seqlen_k) * p.head_dim * element_bytes(p.dtype);
   const int tiles = ceil_div(p.seqlen_q, kernel.block_m) * group;
-  p.head_group = group * choose_head_group(keys_bytes, tiles, p.heads_kv * p.batch, blocks_differ(p), queue);
+  p.head_group = group * choose_head_group(keys_bytes, tiles, p.heads_kv * p.batch, tiles_differ(p, kernel), queue);
   const int64_t blocks = kernel.blocks(&p);
   const int64_t room = int64_t(2) * device_attribute(cudaDevAttrMultiProcessorCount, queue);
   if (p.s_dmask != nullptr && p.split_size == 0) return {0};  // a second pass needs the row's final sum
