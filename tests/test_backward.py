@@ -30,7 +30,10 @@ def test_features(device, dtype, name):
 
 @pytest.mark.parametrize("name", ["full", "causal", "everything"])
 @pytest.mark.parametrize("lengths", [(1, 1), (1, 150), (64, 64), (65, 63), (129, 128), (150, 7), (257, 300)])
-@pytest.mark.parametrize("element, dim", [("float32", 32), ("bfloat16", 64), ("float16", 128)])
+@pytest.mark.parametrize(
+    "element, dim",
+    [("float32", 32), ("bfloat16", 64), ("float16", 96), ("float16", 128), ("bfloat16", 192), ("bfloat16", 256)],
+)
 def test_lengths(device, lengths, name, element, dim):
     q, k, v = random_qkv(device, getattr(torch, element), 2, *lengths, heads_q=2, dim=dim, grad=True)
     check(q, k, v, **feature(name, q))

@@ -31,7 +31,7 @@ def same(first, second):
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
 @pytest.mark.parametrize("name", MODES)
 def test_batch_does_not_matter(device, dtype, name, dim):
     q, k, v = random_qkv(device, dtype, 8, 70, 150, heads_kv=2, dim=dim)
@@ -69,7 +69,7 @@ def test_other_queries_do_not_matter(device, dtype, dim):
         assert torch.equal(part_lse, lse[..., :rows]), rows
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
 def test_packing_does_not_matter(device, dtype, dim):
     lengths_q, lengths_k = [70, 3, 231], [150, 64, 131]
     q, k, v, where = random_packed(device, dtype, lengths_q, lengths_k, dim=dim)
@@ -95,7 +95,7 @@ def test_padding_does_not_matter(device, dtype):
         assert torch.equal(flash_attn_with_kvcache(q, k, v, cache_seqlens=used, causal=True), alone)
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize("blocks", [1, 2])
 @pytest.mark.parametrize("name", MODES)
 def test_schedule_does_not_matter(device, dtype, name, blocks, dim):
@@ -151,8 +151,9 @@ def test_split_size_is_part_of_the_definition(device):
     assert torch.allclose(small, large, atol=1e-6)  # the float32 contract
 
 
-def test_backward_repeats_under_load(device, dtype):
-    q, k, v = random_qkv(device, dtype, 2, 200, 200, heads_kv=2, grad=True)
+@pytest.mark.parametrize("dim", [64, 256])
+def test_backward_repeats_under_load(device, dtype, dim):
+    q, k, v = random_qkv(device, dtype, 2, 200, 200, heads_kv=2, dim=dim, grad=True)
     dout = torch.randn(q.shape).to(q)
     stop = threading.Event()
 

@@ -19,7 +19,7 @@ from flash_attn.reference import attention_reference
 
 
 @pytest.mark.parametrize("name", ["full", "causal", "everything"])
-@pytest.mark.parametrize("dim", [32, 64, 128])
+@pytest.mark.parametrize("dim", [32, 64, 128, 256])
 def test_forward_and_backward_apply_the_mask_that_s_dmask_shows(device, dtype, name, dim):
     p = 0.25  # exact in float32, which is what kernels hold it in
     q, k, v = random_qkv(device, dtype, seqlen_q=150, seqlen_k=190, heads_kv=2, dim=dim, grad=True)

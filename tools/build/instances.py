@@ -94,7 +94,7 @@ MACHINES = (
         "cuda/sm90/arch.cuh",
         "Sm90",
         GPU_DTYPES,
-        scored=(("Forward", HEAD_DIMS[1:]), ("Backward", (64, 96, 128))),
+        scored=(("Forward", HEAD_DIMS[1:]), ("Backward", HEAD_DIMS[1:])),
     ),
     Machine("sm80", "cuda", "cuda/sm80/arch.cuh", "Sm80", GPU_DTYPES),
     Machine("gfx90a", "hip", "hip/gfx90a/arch.cuh", "Gfx90a", GPU_DTYPES, performance_kinds=(False, True)),

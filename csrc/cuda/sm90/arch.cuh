@@ -36,7 +36,7 @@ struct Forward<Sm90, Problem<T, D, false>>
 template <class T, int D>
 struct Backward<Sm90, Problem<T, D, false>>
     : std::conditional_t<sm90::kCoversBackward<T, D>, sm90::Backward<T, D, false>,
-                         std::conditional_t<sm90::kCoversWideBackward<T, D>, sm90::WideBackward<T, D>,
+                         std::conditional_t<sm90::kCoversWideBackward<T, D>, sm90::WideBackward<T, D, false>,
                                             Backward<sm90::Mma, Problem<T, D, false>>>> {};
 
 // Softcap, ALiBi and dropout in Hopper's own loops. What they do not know besides (rows of any alignment, s_dmask) is
@@ -47,6 +47,7 @@ template <class T, int D>
 struct Forward<Sm90Scored, Problem<T, D, true>> : sm90::Forward<T, D, true> {};
 
 template <class T, int D>
-struct Backward<Sm90Scored, Problem<T, D, true>> : sm90::Backward<T, D, true> {};
+struct Backward<Sm90Scored, Problem<T, D, true>>
+    : std::conditional_t<sm90::kCoversBackward<T, D>, sm90::Backward<T, D, true>, sm90::WideBackward<T, D, true>> {};
 
 }  // namespace flash_attn

@@ -310,45 +310,16 @@ struct Backward : BackwardBlock<BackwardTuning<D>::kBlockM, 128> {
     const ScoreModifier<T, SCORED> modifier(p, work.batch, head, -mask.shift);
     const Dropout dropout(p, work.batch, head);
     const float kept = dropout.enabled() ? 1.0f / (1.0f - float(p.dropout_p)) : 1.0f;
-    uint32_t keep[Scores::kRegs / 32];
-    const auto drop = [&](Scores& x) {
-      Scores::for_each([&](int, int, int, int reg) {
-        x[reg] = keep[reg / 32] >> (reg % 32) & 1 ? x[reg] * kept : 0.0f;
-      });
-    };
+    typename Block::template Kept<Scores> keep;
     if (dropout.enabled()) {
-      keep_bits(dropout, query, keep);
-      drop(gradient);
+      Block::find_kept(dropout, query, keep);
+      Block::drop(keep, kept, gradient);
     }
     Block::for_each_with(delta(stage), [&](int reg, float delta) { gradient[reg] -= delta; });
     modifier.apply(scores, work.key_begin, query, [&](int reg, float derivative) { gradient[reg] *= derivative; });
     Block::exponentiate(negated_lse(stage), modifier.scale_log2(), scores);
     Scores::for_each([&](int, int, int, int reg) { gradient[reg] *= scores[reg]; });
-    if (dropout.enabled()) drop(scores);
-  }
-
-  // A bit for each register: whether dropout keeps it. A lane's keys r and r + 8 are of one parity, so it has half of
-  // the patch of queries c, c + 8, and half of that of c + 1, c + 9; a neighbour has the others. Each works out one.
-  FA_DEVICE void keep_bits(const Dropout& dropout, int query, uint32_t (&keep)[Scores::kRegs / 32]) {
-    FA_UNROLL
-    for (uint32_t& bits : keep) bits = 0;
-    Scores::for_each_patch([&](int row, int col, const int(&reg)[8]) {
-      const bool odd = row % 2 != 0;
-      uint32_t bits[4];
-      dropout.patch(query + col + int(odd), work.key_begin + row, bits);
-      FA_UNROLL
-      for (int half = 0; half < 2; ++half) {  // queries c and c + 1, then c + 8 and c + 9
-        const uint32_t left = __byte_perm(bits[2 * half], bits[2 * half + 1], 0x5410);
-        const uint32_t right = __byte_perm(bits[2 * half], bits[2 * half + 1], 0x7632);
-        const uint32_t given = __shfl_xor_sync(0xffffffffu, odd ? left : right, 4), mine = odd ? right : left;
-        const uint32_t first = odd ? given : mine, second = odd ? mine : given;
-        const int at = 2 * half;
-        if (dropout.keeps(first)) keep[reg[at] / 32] |= 1u << reg[at] % 32;
-        if (dropout.keeps(first >> 16)) keep[reg[at + 4] / 32] |= 1u << reg[at + 4] % 32;
-        if (dropout.keeps(second)) keep[reg[at + 1] / 32] |= 1u << reg[at + 1] % 32;
-        if (dropout.keeps(second >> 16)) keep[reg[at + 5] / 32] |= 1u << reg[at + 5] % 32;
-      }
-    });
+    if (dropout.enabled()) Block::drop(keep, kept, scores);
   }
 
   // dQ's fragments to the warp that adds them up.

@@ -5,6 +5,7 @@
 // from registers; a warp of its own sees to whose turn it is. Otherwise as backward.cuh.
 #pragma once
 
+#include "../attention/score.cuh"
 #include "../tile/tile.cuh"
 #include "backward_block.cuh"
 #include "tuning.cuh"
@@ -12,7 +13,8 @@
 namespace flash_attn {
 namespace sm90 {
 
-template <class T_, int D>
+// SCORED: with softcap, ALiBi and dropout.
+template <class T_, int D, bool SCORED>
 struct WideBackward : BackwardBlock<64, 64> {
   using T = T_;
   using Scalar = float;
@@ -232,9 +234,9 @@ struct WideBackward : BackwardBlock<64, 64> {
       const int query = walk.query(step.index), known = foreign ? seq.len_q - query : kM;
       const bool first = left == steps();
       if (mask.all_visible(query, query + kM, work.key_begin, work.key_begin + kN)) {
-        visit<KEYS, false>(query, known, i, first, sum);
+        visit<KEYS, false>(step.head, query, known, i, first, sum);
       } else {
-        visit<KEYS, true>(query, known, i, first, sum);
+        visit<KEYS, true>(step.head, query, known, i, first, sum);
       }
     }
     float dq[kColsFirst / 2], more_dq[kColsMore / 2];
@@ -251,7 +253,7 @@ struct WideBackward : BackwardBlock<64, 64> {
 
   // `known`: rows of queries that are the sequence's own.
   template <bool KEYS, bool MASKED>
-  FA_DEVICE void visit(int query, int known, uint32_t i, bool first, KeyGradient& sum) {
+  FA_DEVICE void visit(int head, int query, int known, uint32_t i, bool first, KeyGradient& sum) {
     const int stage = int(i % 2);
     const uint32_t phase = i / 2 % 2;
     Barrier &q_full = barriers.q_full[stage], &do_full = barriers.do_full[stage];
@@ -263,14 +265,36 @@ struct WideBackward : BackwardBlock<64, 64> {
                               KEYS ? do_address(stage) : q_address(stage), kPanel);
     wgmma_wait<0>();
     hold(x.value);
+    const Dropout dropout(p, work.batch, head);
+    Kept<Scores> kept;
+    if (SCORED && dropout.enabled()) find_kept(dropout, query, kept);
+    const auto drop_some = [&] {
+      if (SCORED && dropout.enabled()) drop(kept, kept_scale<float>(p), x);
+    };
+    const auto hide_some = [&] {
+      if (MASKED) for_each_hidden<Scores, IntRows>(query, [&](int reg) { x[reg] = 0; });
+    };
     if constexpr (KEYS) {
+      drop_some();
       for_each_with(delta(stage), [&](int reg, float delta) { x[reg] -= delta; });
       receive(x, i);
+      hide_some();
+    } else if constexpr (SCORED) {
+      // ALiBi's distance is the same seen from the key.
+      const ScoreModifier<T, SCORED> modifier(p, work.batch, head, -mask.shift);
+      Scores slope;  // dS is P's times that of the softcap
+      slope.fill(1);
+      modifier.apply(x, work.key_begin, query, [&](int reg, float derivative) { slope[reg] = derivative; });
+      exponentiate(negated_lse(stage), modifier.scale_log2(), x);
+      hide_some();
+      Scores::for_each([&](int, int, int, int reg) { slope[reg] *= x[reg]; });
+      send(slope, i);
+      drop_some();
     } else {
       exponentiate(negated_lse(stage), float(p.softmax_scale) * float(kLog2E), x);
+      hide_some();
+      send(x, i);
     }
-    if (MASKED) for_each_hidden<Scores, IntRows>(query, [&](int reg) { x[reg] = 0; });
-    if (!KEYS) send(x, i);
     (KEYS ? barriers.do_free : barriers.q_free)[stage].arrive();
     Factor factor(x);
     if (KEYS) {
