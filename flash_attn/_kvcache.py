@@ -67,7 +67,8 @@ def flash_attn_with_kvcache(
         after = None if before is None else before + new
         if block_table is not None:
             block_table = prepare.check_block_table(block_table, k_cache, q.shape[0], after, 0)
-        rows = _cache_rows(cache_batch_idx, q.shape[0], k_cache, block_table)
+        moves_rows = k is not None or cache_leftpad is not None or cache_batch_idx is not None
+        rows = _cache_rows(cache_batch_idx, q.shape[0], k_cache, block_table) if moves_rows else None
         if rotary_cos is not None or rotary_sin is not None:
             local = check.window(window_size, causal) != (-1, -1)
             q, k = _rotate(q, k, rotary_cos, rotary_sin, before, local, rotary_interleaved, capacity)
@@ -187,7 +188,7 @@ def _append(
 def _visible_cache(
     k_cache: Tensor,
     v_cache: Tensor,
-    rows: Tensor,
+    rows: Tensor | None,
     cache_batch_idx: Tensor | None,
     cache_leftpad: Tensor | None,
     block_table: Tensor | None,

@@ -43,7 +43,10 @@ class KernelInfo(ctypes.Structure):
 
     _fields_ = [
         ("key", KernelKey),
-        *((name, ctypes.c_int) for name in ("block_m", "block_n", "threads", "shared_bytes", "stash_bytes", "stash_device_bytes")),
+        *(
+            (name, ctypes.c_int)
+            for name in ("block_m", "block_n", "threads", "shared_bytes", "stash_bytes", "stash_device_bytes")
+        ),
         ("blocks", ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)),
         ("host", ctypes.c_void_p),
         ("device", ctypes.c_void_p),

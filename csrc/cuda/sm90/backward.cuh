@@ -206,7 +206,8 @@ struct Backward : BackwardBlock<BackwardTuning<D>::kBlockM, 128> {
   FA_DEVICE void compute() {
     uint32_t i = 0, loads = 0;
     for (uint32_t n = 0;; ++n) {
-      const uint32_t block = __shfl_sync(0xffffffffu, barriers.next.told(n), 0);  // the same in all lanes, and the compiler knows
+      // The same in all lanes, and the shuffle tells the compiler.
+      const uint32_t block = __shfl_sync(0xffffffffu, barriers.next.told(n), 0);
       if (block == Announcements::kNone) return;
       take(block);
       clear_spare_rows<A>(p, p.cu_seqlens_k, p.total_k, work.batch, work.key_begin / kN, ceil_div(p.seqlen_k, kN),
