@@ -159,9 +159,9 @@ void launch(const KernelInfo& kernel, Params& params, const Queue& queue, int mo
 size_t align(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 // Heads, of `bytes` and `blocks` each, whose blocks are interleaved. Where a head's blocks are alike, as many as fill
-// the GPU: more would push each other's data out of the L2 cache. Where they differ, twice as many, so that short blocks
-// fill the gaps that long ones leave, and such that the last group is not much smaller. Never more than half of the
-// cache holds.
+// the GPU: more would push each other's data out of the L2 cache. Where they differ, twice as many, so that short
+// blocks fill the gaps that long ones leave, and such that the last group is not much smaller. Never more than half of
+// the cache holds.
 int choose_head_group(int64_t bytes, int blocks, int heads, bool differ, const Queue& queue) {
   const int64_t room = device_attribute(cudaDevAttrL2CacheSize, queue) / 2 / std::max<int64_t>(1, bytes);
   const int most = int(std::max<int64_t>(1, std::min<int64_t>(heads, room)));
