@@ -67,14 +67,14 @@ def flash_attn_with_kvcache(
         after = None if before is None else before + new
         if block_table is not None:
             block_table = prepare.check_block_table(block_table, k_cache, q.shape[0], after, 0)
-        moves_rows = k is not None or cache_leftpad is not None or cache_batch_idx is not None
-        rows = _cache_rows(cache_batch_idx, q.shape[0], k_cache, block_table) if moves_rows else None
         if rotary_cos is not None or rotary_sin is not None:
             local = check.window(window_size, causal) != (-1, -1)
             q, k = _rotate(q, k, rotary_cos, rotary_sin, before, local, rotary_interleaved, capacity)
         if k is not None:
-            _append(k_cache, v_cache, k, v, before, rows, block_table)
-        keys, values, used = _visible_cache(k_cache, v_cache, rows, cache_batch_idx, cache_leftpad, block_table, after)
+            _append(k_cache, v_cache, k, v, before, cache_batch_idx, block_table)
+        keys, values, used = _visible_cache(
+            q.shape[0], k_cache, v_cache, cache_batch_idx, cache_leftpad, block_table, after
+        )
         options = prepare.options(
             q,
             q.shape[1],
@@ -129,9 +129,9 @@ def _lengths(cache_seqlens: int | Tensor | None, q: Tensor, most: int) -> Tensor
     return torch.full((batch,), length, dtype=torch.int32, device=q.device)
 
 
-def _cache_rows(cache_batch_idx: Tensor | None, batch: int, k_cache: Tensor, block_table: Tensor | None) -> Tensor:
-    """The row of the cache (of the block table) that each sequence lives in, int64 [batch]."""
-    if cache_batch_idx is None or block_table is not None:
+def _cache_rows(cache_batch_idx: Tensor | None, batch: int, k_cache: Tensor) -> Tensor:
+    """The row of the cache that each sequence lives in, int64 [batch]."""
+    if cache_batch_idx is None:
         return torch.arange(batch, device=k_cache.device)
     index = check.int32_vector("cache_batch_idx", cache_batch_idx, k_cache.device, batch)
     check.in_range("cache_batch_idx", index, 0, k_cache.shape[0] - 1, "point at existing rows")
@@ -169,14 +169,20 @@ def _check_rotary(cos: Any, sin: Any, q: Tensor, positions: int) -> tuple[Tensor
 
 
 def _append(
-    k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, before: Tensor | None, rows: Tensor, block_table
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    before: Tensor | None,
+    cache_batch_idx: Tensor | None,
+    block_table: Tensor | None,
 ) -> None:
     """Writes k and v into the cache from position `before` on."""
     if before is None:
         check.fail("cache_seqlens", "must be given with k and v", None, "pass the number of keys in the cache")
     position = before.long()[:, None] + torch.arange(k.shape[1], device=k.device)  # [batch, seqlen_new]
     if block_table is None:
-        index = rows[:, None], position
+        index = _cache_rows(cache_batch_idx, k.shape[0], k_cache)[:, None], position
     else:
         page_size = k_cache.shape[1]
         page = torch.gather(block_table.long(), 1, position // page_size)
@@ -186,9 +192,9 @@ def _append(
 
 
 def _visible_cache(
+    batch: int,
     k_cache: Tensor,
     v_cache: Tensor,
-    rows: Tensor | None,
     cache_batch_idx: Tensor | None,
     cache_leftpad: Tensor | None,
     block_table: Tensor | None,
@@ -200,9 +206,11 @@ def _visible_cache(
         k_cache, v_cache = (prepare.gather_pages(cache, block_table, capacity) for cache in (k_cache, v_cache))
     if cache_leftpad is None:
         if cache_batch_idx is not None:
+            rows = _cache_rows(cache_batch_idx, batch, k_cache)
             k_cache, v_cache = k_cache.index_select(0, rows), v_cache.index_select(0, rows)
         return k_cache, v_cache, after
-    leftpad = check.int32_vector("cache_leftpad", cache_leftpad, k_cache.device, rows.shape[0])
+    rows = _cache_rows(cache_batch_idx, batch, k_cache)
+    leftpad = check.int32_vector("cache_leftpad", cache_leftpad, k_cache.device, batch)
     seqlen = k_cache.shape[1]
     check.in_range("cache_leftpad", leftpad, 0, seqlen, "skip at most the whole cache")
     position = (leftpad.long()[:, None] + torch.arange(seqlen, device=rows.device)).clamp(max=seqlen - 1)

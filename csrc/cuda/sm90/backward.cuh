@@ -24,7 +24,7 @@ struct Backward : BackwardBlock<BackwardTuning<D>::kBlockM, 128> {
   using typename Block::Launched, typename Block::Params, typename Block::Step;
   using Block::group, Block::kM, Block::kN, Block::launched, Block::mask, Block::p, Block::seq, Block::shared,
       Block::steps, Block::take, Block::walk, Block::work;
-  static constexpr int kD = D, kStages = 2;
+  static constexpr int kD = D, kStages = 2;  // a step's stage is its number modulo 2
   static constexpr int kGroups = 2, kWarps = 8, kComputing = 256, kThreads = 384;
   // A thread is launched with 168. What two warpgroups take the third must give, or they wait for ever.
   static constexpr int kComputingRegisters = 232, kLoadingRegisters = 40;
@@ -102,23 +102,9 @@ struct Backward : BackwardBlock<BackwardTuning<D>::kBlockM, 128> {
     }
   }
 
-  static_assert(kStages == 2);
-
   FA_DEVICE void load() {
-    if (first_lane()) {
-      prefetch(launched.q);
-      prefetch(launched.dout);
-    }
-    const uint32_t blocks = uint32_t(Block::blocks(p));
-    uint32_t i = 0, loads = 0, block = blockIdx.x;
-    for (uint32_t n = 0; block < blocks; ++n) {
-      barriers.next.tell(n, block);
-      take(block);
-      if (steps() > 0) load_keys(loads++);
-      load_queries(i);
-      block = take_block(p.blocks_taken);
-      if (block >= blocks) barriers.next.tell(n + 1, Announcements::kNone);
-    }
+    Block::load_blocks(
+        barriers.next, [this](uint32_t n) { load_keys(n); }, [this](uint32_t& i) { load_queries(i); });
   }
 
   FA_DEVICE void load_keys(uint32_t load) {

@@ -12,6 +12,33 @@
 namespace flash_attn {
 namespace sm90 {
 
+// The blocks that a thread block does, from the warp that loads to everyone else.
+struct Announcements {
+  static constexpr uint32_t kNone = 0xffffffffu;
+  Barrier full[2], free[2];
+  uint32_t block[2];
+
+  FA_DEVICE void init(int readers) {  // threads
+    for (int buffer = 0; buffer < 2; ++buffer) {
+      full[buffer].init(1);
+      free[buffer].init(readers);
+    }
+  }
+  // The n-th is `next`, or kNone.
+  FA_DEVICE void tell(uint32_t n, uint32_t next) {
+    free[n % 2].wait(n / 2 % 2 ^ 1);
+    if (!first_lane()) return;
+    block[n % 2] = next;
+    full[n % 2].arrive();
+  }
+  FA_DEVICE uint32_t told(uint32_t n) {
+    full[n % 2].wait(n / 2 % 2);
+    const uint32_t next = *const_cast<volatile uint32_t*>(&block[n % 2]);
+    free[n % 2].arrive();
+    return next;
+  }
+};
+
 // A block of BLOCK_N keys at hand, and its walk over blocks of BLOCK_M queries.
 template <int BLOCK_M, int BLOCK_N>
 struct BackwardBlock {
@@ -65,6 +92,26 @@ struct BackwardBlock {
     walk = QueryWalk<kM, kN>(mask, work.key_begin);
   }
   FA_DEVICE int steps() const { return group * walk.steps; }
+
+  // For the warp that loads: takes one block after another and tells the others. load_keys(n) is called for the n-th
+  // block that has steps, load_queries(i) for each block, i being the number of its first step, to be advanced.
+  template <class LoadKeys, class LoadQueries>
+  FA_DEVICE void load_blocks(Announcements& next, LoadKeys&& load_keys, LoadQueries&& load_queries) {
+    if (first_lane()) {
+      prefetch(launched.q);
+      prefetch(launched.dout);
+    }
+    const uint32_t blocks = uint32_t(BackwardBlock::blocks(p));
+    uint32_t i = 0, loads = 0, block = blockIdx.x;
+    for (uint32_t n = 0; block < blocks; ++n) {
+      next.tell(n, block);
+      take(block);
+      if (steps() > 0) load_keys(loads++);
+      load_queries(i);
+      block = take_block(p.blocks_taken);
+      if (block >= blocks) next.tell(n + 1, Announcements::kNone);
+    }
+  }
 
   // The position in a block's walk: heads of the group in turn, each over its visible query blocks. Steps are counted
   // on through all blocks: a step's number says which stage, which buffers and which phase of their barriers it uses.
@@ -196,33 +243,6 @@ struct BackwardBlock {
       const int chunk = 2 * step + lane / 16;
       store_matrices(dst + chunk / 8 * (kN * 128) + row * 128 + ((chunk ^ row) % 8) * 16, a.value[0][step]);
     }
-  }
-};
-
-// The blocks that a thread block does, from the warp that loads to everyone else.
-struct Announcements {
-  static constexpr uint32_t kNone = 0xffffffffu;
-  Barrier full[2], free[2];
-  uint32_t block[2];
-
-  FA_DEVICE void init(int readers) {  // threads
-    for (int buffer = 0; buffer < 2; ++buffer) {
-      full[buffer].init(1);
-      free[buffer].init(readers);
-    }
-  }
-  // The n-th is `next`, or kNone.
-  FA_DEVICE void tell(uint32_t n, uint32_t next) {
-    free[n % 2].wait(n / 2 % 2 ^ 1);
-    if (!first_lane()) return;
-    block[n % 2] = next;
-    full[n % 2].arrive();
-  }
-  FA_DEVICE uint32_t told(uint32_t n) {
-    full[n % 2].wait(n / 2 % 2);
-    const uint32_t next = *const_cast<volatile uint32_t*>(&block[n % 2]);
-    free[n % 2].arrive();
-    return next;
   }
 };
 

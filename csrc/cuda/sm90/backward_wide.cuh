@@ -113,20 +113,8 @@ struct WideBackward : BackwardBlock<64, 64> {
   }
 
   FA_DEVICE void load() {
-    if (first_lane()) {
-      prefetch(launched.q);
-      prefetch(launched.dout);
-    }
-    const uint32_t blocks = uint32_t(Block::blocks(p));
-    uint32_t i = 0, loads = 0, block = blockIdx.x;
-    for (uint32_t n = 0; block < blocks; ++n) {
-      barriers.next.tell(n, block);
-      take(block);
-      if (steps() > 0) load_keys(loads++);
-      load_queries(i);
-      block = take_block(p.blocks_taken);
-      if (block >= blocks) barriers.next.tell(n + 1, Announcements::kNone);
-    }
+    load_blocks(
+        barriers.next, [this](uint32_t n) { load_keys(n); }, [this](uint32_t& i) { load_queries(i); });
   }
 
   FA_DEVICE void load_rows(uint32_t dst, const CUtensorMap& map, Barrier& full, int row, int head) const {

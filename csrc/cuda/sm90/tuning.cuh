@@ -45,33 +45,26 @@ struct BackwardTuning<96> {
 template <>
 struct BackwardTuning<128> : BackwardTuning<96> {};
 
-// sm80's main loops on Hopper: its tuning, but for the forward's key block and the fragments of dQ, as above.
+// sm80's main loops on Hopper: its tuning, but for the 16-bit forward's key block and fragments of dQ, as above.
+struct Sm80Row {
+  static constexpr bool kDiffers = false;
+};
+template <class Row>
+struct OwnRow : Row {
+  static constexpr bool kDiffers = true;
+};
+template <Kernel KERNEL, int D>
+struct Row16 : Sm80Row {};
+template <> struct Row16<Kernel::kForward, 96> : OwnRow<sm80::ForwardTuning<128, 128, 8, 1>> {};
+template <> struct Row16<Kernel::kForward, 128> : OwnRow<sm80::ForwardTuning<128, 128, 8, 1>> {};
+template <> struct Row16<Kernel::kBackward, 64> : OwnRow<sm80::BackwardTuning<128, 128, 8, 4, 4, 8, 2>> {};
+template <> struct Row16<Kernel::kBackward, 128> : OwnRow<sm80::BackwardTuning<64, 128, 8, 2, 4, 4, 2>> {};
+template <> struct Row16<Kernel::kBackward, 192> : OwnRow<sm80::BackwardTuning<64, 64, 8, 4, 2, 4, 2>> {};
+template <> struct Row16<Kernel::kBackward, 256> : OwnRow<sm80::BackwardTuning<64, 64, 8, 4, 2, 4, 1>> {};
+
 template <Kernel KERNEL, class T, int D, bool MODIFIED>
-struct Tuning : sm80::Tuning<KERNEL, T, D, MODIFIED> {};
-template <bool MODIFIED>
-struct Tuning<Kernel::kForward, Half, 96, MODIFIED> : sm80::ForwardTuning<128, 128, 8, 1> {};
-template <bool MODIFIED>
-struct Tuning<Kernel::kForward, BFloat16, 96, MODIFIED> : sm80::ForwardTuning<128, 128, 8, 1> {};
-template <bool MODIFIED>
-struct Tuning<Kernel::kForward, Half, 128, MODIFIED> : sm80::ForwardTuning<128, 128, 8, 1> {};
-template <bool MODIFIED>
-struct Tuning<Kernel::kForward, BFloat16, 128, MODIFIED> : sm80::ForwardTuning<128, 128, 8, 1> {};
-template <bool MODIFIED>
-struct Tuning<Kernel::kBackward, Half, 64, MODIFIED> : sm80::BackwardTuning<128, 128, 8, 4, 4, 8, 2> {};
-template <bool MODIFIED>
-struct Tuning<Kernel::kBackward, BFloat16, 64, MODIFIED> : sm80::BackwardTuning<128, 128, 8, 4, 4, 8, 2> {};
-template <bool MODIFIED>
-struct Tuning<Kernel::kBackward, Half, 128, MODIFIED> : sm80::BackwardTuning<64, 128, 8, 2, 4, 4, 2> {};
-template <bool MODIFIED>
-struct Tuning<Kernel::kBackward, BFloat16, 128, MODIFIED> : sm80::BackwardTuning<64, 128, 8, 2, 4, 4, 2> {};
-template <bool MODIFIED>
-struct Tuning<Kernel::kBackward, Half, 192, MODIFIED> : sm80::BackwardTuning<64, 64, 8, 4, 2, 4, 2> {};
-template <bool MODIFIED>
-struct Tuning<Kernel::kBackward, BFloat16, 192, MODIFIED> : sm80::BackwardTuning<64, 64, 8, 4, 2, 4, 2> {};
-template <bool MODIFIED>
-struct Tuning<Kernel::kBackward, Half, 256, MODIFIED> : sm80::BackwardTuning<64, 64, 8, 4, 2, 4, 1> {};
-template <bool MODIFIED>
-struct Tuning<Kernel::kBackward, BFloat16, 256, MODIFIED> : sm80::BackwardTuning<64, 64, 8, 4, 2, 4, 1> {};
+struct Tuning : std::conditional_t<sizeof(T) == 2 && Row16<KERNEL, D>::kDiffers, Row16<KERNEL, D>,
+                                   sm80::Tuning<KERNEL, T, D, MODIFIED>> {};
 
 }  // namespace sm90
 }  // namespace flash_attn
