@@ -286,6 +286,7 @@ struct WideBackward : BackwardBlock<64, 64> {
     (KEYS ? barriers.do_free : barriers.q_free)[stage].arrive();
     Factor factor(x);
     if (KEYS) {
+      barriers.added[stage].wait(phase ^ 1);  // every warp has read the dS that lay there
       put(factor, ds_address(i), pair() * 16);
       fence_async_proxy();
       __syncwarp();
