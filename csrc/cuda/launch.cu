@@ -160,13 +160,13 @@ size_t align(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 // Heads, of `bytes` and `blocks` each, whose blocks are interleaved. Where a head's blocks are alike, as many as fill
 // the GPU: more would push each other's data out of the L2 cache. Where they differ, twice as many, so that short
-// blocks fill the gaps that long ones leave, and such that the last group is not much smaller. Never more than half of
-// the cache holds.
-int choose_head_group(int64_t bytes, int blocks, int heads, bool differ, const Queue& queue) {
+// blocks fill the gaps that long ones leave, and such that the last group is not much smaller. No more than half of the
+// cache holds, but `needed` in any case.
+int choose_head_group(int64_t bytes, int blocks, int heads, bool differ, int needed, const Queue& queue) {
   const int64_t room = device_attribute(cudaDevAttrL2CacheSize, queue) / 2 / std::max<int64_t>(1, bytes);
-  const int most = int(std::max<int64_t>(1, std::min<int64_t>(heads, room)));
+  const int most = std::max(1, int(std::min<int64_t>(heads, std::max<int64_t>(needed, room))));
   const int wanted = device_attribute(cudaDevAttrMultiProcessorCount, queue) * (differ ? 2 : 1);
-  const int least = std::min(most, ceil_div(wanted, std::max(1, blocks)));
+  const int least = std::min(most, std::max(needed, ceil_div(wanted, std::max(1, blocks))));
   if (!differ) return least;
   const auto last = [&](int group) { return heads % group == 0 ? group : heads % group; };
   int best = least;
@@ -261,7 +261,7 @@ Workspace plan_forward(ForwardParams& p, const Queue& queue) {
   const int group = p.heads_q / p.heads_kv;
   const int64_t keys_bytes = 2 * int64_t(p.seqlen_k) * p.head_dim * element_bytes(p.dtype);
   const int tiles = ceil_div(p.seqlen_q, kernel.block_m) * group;
-  p.head_group = group * choose_head_group(keys_bytes, tiles, p.heads_kv * p.batch, tiles_differ(p, kernel), queue);
+  p.head_group = group * choose_head_group(keys_bytes, tiles, p.heads_kv * p.batch, tiles_differ(p, kernel), 1, queue);
   const int64_t blocks = kernel.blocks(&p);
   const int64_t room = int64_t(2) * device_attribute(cudaDevAttrMultiProcessorCount, queue);
   if (p.s_dmask != nullptr && p.split_size == 0) return {0};  // a second pass needs the row's final sum
@@ -322,16 +322,25 @@ size_t dq_turn_bytes(const BackwardParams& p, const KernelInfo& kernel) {
   return counted ? align(size_t(p.heads_q) * query_blocks(p, kernel.block_m) * sizeof(int32_t)) : 0;
 }
 
+// Heads that must run side by side lest the fixed order hold blocks back. A head's blocks start at most as fast as one
+// follows another in adding to a sum, which takes about as long as a step, and a multiprocessor asks for a block when
+// it has done the steps of one: so many heads, and one more, for none of this runs like clockwork.
+int heads_of_fixed_order(const BackwardParams& p, const KernelInfo& kernel, const Queue& queue) {
+  if (!p.deterministic) return 1;
+  const int steps = ceil_div(p.seqlen_q, kernel.block_m) * (p.heads_q / p.heads_kv);
+  return ceil_div(device_attribute(cudaDevAttrMultiProcessorCount, queue), std::max(1, steps)) + 1;
+}
+
 Workspace plan_backward(BackwardParams& p, const Queue& queue) {
   check_rows(p);
   check_rows("out", p.out, p.total_q, p.dtype);
   check_rows("dout", p.dout, p.total_q, p.dtype);
   const KernelInfo& kernel = backward_kernel(p, queue);
-  const int group = p.heads_q / p.heads_kv;
+  const int group = p.heads_q / p.heads_kv, blocks = ceil_div(p.seqlen_k, kernel.block_n);
   const int64_t head_bytes =
       2 * (int64_t(p.seqlen_q) * group + p.seqlen_k) * p.head_dim * int64_t(element_bytes(p.dtype));
-  p.head_group = choose_head_group(head_bytes, ceil_div(p.seqlen_k, kernel.block_n), p.heads_kv * p.batch,
-                                   blocks_differ(p), queue);
+  p.head_group = choose_head_group(head_bytes, blocks, p.heads_kv * p.batch, blocks_differ(p),
+                                   heads_of_fixed_order(p, kernel, queue), queue);
   return {dq_accum_bytes(p, kernel) + dq_turn_bytes(p, kernel) + blocks_taken_bytes(kernel)};
 }
 

@@ -2,7 +2,7 @@
 // other dK, over all columns. The first works out S^T = K Q^T and from it P^T, which is its own left factor for dV and
 // goes to the other through shared memory; that one works out dP^T = V dO^T, and dS^T from both, for dK and, through
 // shared memory, for dQ = dS K, of which either does half of the columns one step behind. dQ is added to device memory
-// from registers; a warp of its own sees to whose turn it is. Otherwise as backward.cuh.
+// from registers; two threads see to whose turn it is. Otherwise as backward.cuh.
 #pragma once
 
 #include "../attention/score.cuh"
