@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from flash_attn import _library
@@ -130,13 +131,21 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | No
     return dq, dk, dv, *gradients.values(), *(None for _ in Options._fields)
 
 
+def _refuse_tangents(inputs: list[Tensor]) -> None:
+    """Raises NotImplementedError under forward-mode differentiation, rather than give a derivative of zero."""
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+        raise NotImplementedError(
+            "flash_attn has no forward-mode derivatives (differentiate in reverse mode, or use flash_attn.reference)"
+        )
+
+
 def _below_autograd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The forward operator where nothing is to be recorded.
 
     Its autograd is registered in Python, and stands in the way of every call: 7 of its 26 microseconds (torch 2.13).
-    Tracing and forward-mode differentiation need to see it.
+    Tracing needs to see it.
     """
-    if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level >= 0:
+    if torch.compiler.is_compiling():
         return torch.ops.flash_attn.forward(*inputs)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.flash_attn.forward(*inputs)
@@ -162,7 +171,9 @@ class _Attention(torch.autograd.Function):
 
 def forward(q: Tensor, k: Tensor, v: Tensor, tensors: Tensors, options: Options) -> tuple[Tensor, Tensor, Tensor]:
     """(out, softmax_lse, s_dmask). Differentiable in q, k, v and the sink."""
-    wants_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, tensors.sink))
+    inputs = [x for x in (q, k, v, tensors.sink) if x is not None]
+    _refuse_tangents(inputs)
+    wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     run = _Attention.apply if wants_gradient else _below_autograd
     return run(q, k, v, *tensors, *options)
 
@@ -205,6 +216,7 @@ def packed_forward(
     q: Tensor | None, packed: Tensor, tensors: Tensors, options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, softmax_lse, s_dmask) of packed inputs, without copies in the forward or the backward."""
+    _refuse_tangents([packed] if q is None else [q, packed])
     return _PackedAttention.apply(q, packed, *tensors, *options)
 
 

@@ -152,6 +152,14 @@ def test_second_derivative_is_refused(device):
         dq.sum().backward()
 
 
+def test_forward_mode_is_refused(device):
+    """Rather than a derivative of zero."""
+    q, k, v = random_qkv(device, torch.float32)
+    for attend in (flash_attn_func, lambda *inputs: flash_attn_qkvpacked_func(torch.stack(inputs, 2))):
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            torch.func.jvp(attend, (q, k, v), tuple(torch.randn_like(x) for x in (q, k, v)))
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     device=st.sampled_from(DEVICES),
