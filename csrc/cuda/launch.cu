@@ -232,8 +232,9 @@ void make_rows_of_heads(ForwardParams& p) {
 bool is_persistent(const KernelInfo& kernel) { return kernel.launch != nullptr; }
 size_t blocks_taken_bytes(const KernelInfo& kernel) { return is_persistent(kernel) ? align(sizeof(uint32_t)) : 0; }
 
+// The last of a head's tiles may be shorter than those before it.
 bool tiles_differ(const ForwardParams& p, const KernelInfo& kernel) {
-  return blocks_differ(p) || p.seqlen_q % kernel.block_m != 0;
+  return blocks_differ(p) || (p.seqlen_q > kernel.block_m && p.seqlen_q % kernel.block_m != 0);
 }
 
 // Tiles that differ in length are taken by whichever multiprocessor comes free.
