@@ -221,7 +221,8 @@ struct WideBackward : BackwardBlock<64, 64> {
     for (int left = steps(); left > 0; --left, ++i, step.next(walk.steps)) {
       const int query = walk.query(step.index), known = foreign ? seq.len_q - query : kM;
       const bool first = left == steps();
-      if (mask.all_visible(query, query + kM, work.key_begin, work.key_begin + kN)) {
+      // Scores of rows that are not the sequence's own may be anything, and are hidden.
+      if (known >= kM && mask.all_visible(query, query + kM, work.key_begin, work.key_begin + kN)) {
         visit<KEYS, false>(step.head, query, known, i, first, sum);
       } else {
         visit<KEYS, true>(step.head, query, known, i, first, sum);
