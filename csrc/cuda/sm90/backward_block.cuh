@@ -27,6 +27,7 @@ struct Announcements {
   // The n-th is `next`, or kNone.
   FA_DEVICE void tell(uint32_t n, uint32_t next) {
     free[n % 2].wait(n / 2 % 2 ^ 1);
+    __syncwarp();  // once it is told, a lane that is late would wait for the phase after
     if (!first_lane()) return;
     block[n % 2] = next;
     full[n % 2].arrive();
