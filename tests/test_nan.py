@@ -54,6 +54,25 @@ def test_neighbours_in_a_pack_are_safe(device, dtype):
     assert torch.equal(out[:20], clean[:20]) and torch.equal(out[53:], clean[53:])
 
 
+@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
+def test_gradients_of_neighbours_in_a_pack_are_safe(device, dtype, dim):
+    """Keys that a whole block of queries sees, and queries behind which another sequence begins within a block."""
+    at = cumulative([130, 70, 140], device)
+    where = {"cu_seqlens_q": at, "cu_seqlens_k": at, "max_seqlen_q": 140, "max_seqlen_k": 140, "deterministic": True}
+    inputs = [torch.randn(340, 2, dim).to(device, dtype) for _ in range(4)]
+
+    def run():
+        leaves = tuple(x.clone().requires_grad_() for x in inputs[:3])
+        return gradients(flash_attn_varlen_func(*leaves, **where), leaves, inputs[3])
+
+    clean = run()
+    for x in inputs:
+        x[130:200] = torch.nan
+    for got, wanted in zip(run(), clean, strict=True):
+        assert got[130:200].isnan().all()
+        assert torch.equal(got[:130], wanted[:130]) and torch.equal(got[200:], wanted[200:])
+
+
 def test_what_lies_behind_the_end_is_never_used(device, dtype):
     q, k, v = random_qkv(device, dtype, 2, 3, 100)
     used = torch.tensor([17, 64], dtype=torch.int32, device=device)
