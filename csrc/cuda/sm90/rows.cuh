@@ -8,13 +8,6 @@
 namespace flash_attn {
 namespace sm90 {
 
-// Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
-FA_DEVICE void store_matrices(uint32_t address, const uint32_t (&x)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x[0]), "r"(x[1]),
-               "r"(x[2]), "r"(x[3])
-               : "memory");
-}
-
 // Shared memory in which a warp turns fragments of 16 rows into rows. The padding keeps banks apart.
 template <int COLS>
 constexpr int kTurnPitch = COLS * 2 + 16;

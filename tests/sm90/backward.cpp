@@ -1,0 +1,240 @@
+// Hopper's backward on the host against the definition: `backward DIM SEED`. Includes kernels from a copy of csrc in which
+// the files of overlay/ have replaced those that are PTX. One line a problem; exits with 1 where one differs.
+#include <cmath>
+#include <random>
+
+#include "host.h"
+
+#include "cuda/sm90/backward.cuh"
+#include "cuda/sm90/backward_wide.cuh"
+
+using namespace flash_attn;
+
+struct Task {
+  std::vector<int> lengths_q, lengths_k, used_k;  // used_k: empty for all
+  bool packed, causal, deterministic;
+  int heads_q, heads_kv, window_left = -1;
+};
+
+// [rows, heads, dim], with NaN in the rows from `valid` on.
+template <class T>
+struct Matrix {
+  int rows, heads, dim;
+  std::vector<T> values;
+
+  Matrix(int rows, int heads, int dim, int valid, std::mt19937& random)
+      : rows(rows), heads(heads), dim(dim), values(size_t(rows) * heads * dim) {
+    std::normal_distribution<float> normal;
+    for (T& x : values) x = narrow<T>(normal(random));
+    for (int row = valid; row < rows; ++row) spoil(row);
+  }
+  void spoil(int row) {
+    for (int i = 0; i < heads * dim; ++i) values[size_t(row) * heads * dim + i] = narrow<T>(NAN);
+  }
+  double at(int row, int head, int col) const { return widen(values[(size_t(row) * heads + head) * dim + col]); }
+  TensorRef ref(bool packed, int rows_of_batch) {
+    return {values.data(), packed ? 0 : int64_t(rows_of_batch) * heads * dim, int64_t(heads) * dim, dim};
+  }
+};
+
+// |found - wanted| / |wanted|; NaN where something found is.
+struct Difference {
+  double square = 0, norm = 1e-12;
+  void add(double found, double wanted) {
+    square += (found - wanted) * (found - wanted);
+    norm += wanted * wanted;
+  }
+  double value() const { return std::sqrt(square / norm); }
+};
+
+template <class K, int D>
+bool check(const Task& task, int dim, float softcap, unsigned seed) {
+  using T = typename K::T;
+  std::mt19937 random(seed);
+  const bool packed = task.packed;
+  const int batch = int(task.lengths_q.size()), group = task.heads_q / task.heads_kv;
+  int longest_q = 0, longest_k = 0;
+  for (int b = 0; b < batch; ++b) {
+    longest_q = std::max(longest_q, task.lengths_q[b]);
+    longest_k = std::max(longest_k, task.lengths_k[b]);
+  }
+  const auto length_q = [&](int b) { return packed ? task.lengths_q[b] : longest_q; };
+  const auto length_k = [&](int b) { return packed ? task.lengths_k[b] : longest_k; };
+  std::vector<int> ends_q{0}, ends_k{0};
+  for (int b = 0; b < batch; ++b) {
+    ends_q.push_back(ends_q.back() + length_q(b));
+    ends_k.push_back(ends_k.back() + length_k(b));
+  }
+  const int total_q = ends_q.back() + (packed ? 7 : 0), total_k = ends_k.back() + (packed ? 5 : 0);
+  Matrix<T> q(total_q, task.heads_q, dim, ends_q.back(), random), dout(q);
+  Matrix<T> k(total_k, task.heads_kv, dim, ends_k.back(), random), v(k), dk(k), dv(k);
+  std::shuffle(dout.values.begin(), dout.values.begin() + size_t(ends_q.back()) * task.heads_q * dim, random);
+  std::shuffle(v.values.begin(), v.values.begin() + size_t(ends_k.back()) * task.heads_kv * dim, random);
+  for (int b = 0; b < batch && !task.used_k.empty(); ++b) {
+    for (int row = ends_k[b] + task.used_k[b]; row < ends_k[b + 1]; ++row) k.spoil(row), v.spoil(row);
+  }
+  for (Matrix<T>* x : {&dk, &dv}) std::fill(x->values.begin(), x->values.end(), narrow<T>(NAN));
+
+  // The definition, in double.
+  const double scale = 1 / std::sqrt(double(dim));
+  std::vector<float> lse(size_t(task.heads_q) * total_q), delta(lse.size());
+  std::vector<double> exact_dq(q.values.size()), exact_dk(k.values.size()), exact_dv(k.values.size());
+  for (int b = 0; b < batch; ++b) {
+    const int rows = length_q(b), keys = task.used_k.empty() ? length_k(b) : task.used_k[b];
+    for (int h = 0; h < task.heads_q; ++h) {
+      for (int i = 0; i < rows; ++i) {
+        const int row = ends_q[b] + i, kv_head = h / group, diagonal = i + keys - rows;
+        const int begin = task.window_left < 0 ? 0 : std::max(0, diagonal - task.window_left);
+        const int end = task.causal ? std::min(keys, diagonal + 1) : keys;
+        std::vector<double> score(keys), slope(keys, 1.0), p(keys), dp(keys);
+        const auto dot = [&](const Matrix<T>& x, const Matrix<T>& y, int j) {
+          double sum = 0;
+          for (int d = 0; d < dim; ++d) sum += x.at(row, h, d) * y.at(ends_k[b] + j, kv_head, d);
+          return sum;
+        };
+        double max = -INFINITY, sum = 0, row_delta = 0;
+        for (int j = begin; j < end; ++j) {
+          score[j] = dot(q, k, j) * scale;
+          if (softcap > 0) {
+            const double t = std::tanh(score[j] / softcap);
+            score[j] = softcap * t;
+            slope[j] = 1 - t * t;
+          }
+          max = std::max(max, score[j]);
+        }
+        for (int j = begin; j < end; ++j) sum += std::exp(score[j] - max);
+        const double row_lse = begin < end ? max + std::log(sum) : INFINITY;
+        for (int j = begin; j < end; ++j) {
+          p[j] = std::exp(score[j] - row_lse);
+          dp[j] = dot(dout, v, j);
+          row_delta += p[j] * dp[j];
+        }
+        const size_t at = packed ? size_t(h) * total_q + row : (size_t(b) * task.heads_q + h) * longest_q + i;
+        lse[at] = float(row_lse);
+        delta[at] = float(row_delta);
+        for (int j = begin; j < end; ++j) {
+          const double ds = p[j] * (dp[j] - row_delta) * slope[j] * scale;
+          for (int d = 0; d < dim; ++d) {
+            const size_t query = (size_t(row) * task.heads_q + h) * dim + d;
+            const size_t key = (size_t(ends_k[b] + j) * task.heads_kv + kv_head) * dim + d;
+            exact_dq[query] += ds * k.at(ends_k[b] + j, kv_head, d);
+            exact_dk[key] += ds * q.at(row, h, d);
+            exact_dv[key] += p[j] * dout.at(row, h, d);
+          }
+        }
+      }
+    }
+  }
+
+  BackwardParams p{};
+  p.q = q.ref(packed, longest_q);
+  p.k = k.ref(packed, longest_k);
+  p.v = v.ref(packed, longest_k);
+  p.dout = dout.ref(packed, longest_q);
+  p.dk = dk.ref(packed, longest_k);
+  p.dv = dv.ref(packed, longest_k);
+  p.lse = {lse.data(), packed ? 0 : int64_t(task.heads_q) * longest_q, packed ? total_q : longest_q};
+  p.delta = {delta.data(), p.lse.batch_stride, p.lse.head_stride};
+  p.batch = batch;
+  p.heads_q = task.heads_q;
+  p.heads_kv = task.heads_kv;
+  p.head_dim = dim;
+  p.seqlen_q = longest_q;
+  p.seqlen_k = longest_k;
+  p.total_q = total_q;
+  p.total_k = total_k;
+  p.cu_seqlens_q = packed ? ends_q.data() : nullptr;
+  p.cu_seqlens_k = packed ? ends_k.data() : nullptr;
+  p.seqused_k = task.used_k.empty() ? nullptr : task.used_k.data();
+  p.softmax_scale = scale;
+  p.softcap = softcap;
+  p.window_left = task.window_left;
+  p.window_right = task.causal ? 0 : -1;
+  p.dtype = std::is_same_v<T, Half> ? DType::kFloat16 : DType::kBFloat16;
+  p.aligned = true;
+  p.head_group = 2;
+  p.deterministic = task.deterministic;
+  p.dq_stores_first = true;
+  const int64_t sums = query_blocks(p, K::kM);
+  std::vector<float> dq_accum(size_t(task.heads_q) * sums * K::kM * D, NAN);
+  std::vector<int32_t> dq_turn(size_t(task.heads_q) * sums);
+  uint32_t blocks_taken = 0;
+  p.dq_accum = dq_accum.data();
+  p.dq_turn = dq_turn.data();
+  p.blocks_taken = &blocks_taken;
+
+  const typename K::Launched launched(p);
+  const unsigned blocks = unsigned(std::min<int64_t>(K::blocks(p), 3));
+  host::launch(blocks, K::kThreads, K::kSharedBytes, [&] { K(launched, host::self->block->shared).run(); });
+
+  Difference of_dq, of_dk, of_dv;
+  for (size_t i = 0; i < dk.values.size(); ++i) {
+    of_dk.add(widen(dk.values[i]), exact_dk[i]);
+    of_dv.add(widen(dv.values[i]), exact_dv[i]);
+  }
+  host::ThreadBlock block;
+  host::Thread thread;
+  thread.block = &block;
+  host::self = &thread;  // QueryGradient asks for the thread's number
+  for (int b = 0; b < batch; ++b) {
+    for (int h = 0; h < task.heads_q; ++h) {
+      for (int begin = 0; begin < length_q(b); begin += K::kM) {
+        const int64_t sum = h * sums + first_query_block(p, b, ends_q[b], K::kM) + begin / K::kM;
+        for (unsigned number = 0; number < K::A::kThreads; ++number) {
+          thread.number = {number};
+          K::QueryGradient::for_each([&](int, int row, int col, int reg) {
+            if (begin + row >= length_q(b) || col >= dim) return;
+            const float* of_thread = dq_accum.data() + sum * (K::kM * D) + number * 4;
+            const float found = dq_turn[sum] == 0 ? 0.0f : of_thread[reg / 4 * 4 * K::A::kThreads + reg % 4];
+            of_dq.add(scale * found, exact_dq[(size_t(ends_q[b] + begin + row) * task.heads_q + h) * dim + col]);
+          });
+        }
+      }
+    }
+  }
+  const double bound = std::is_same_v<T, Half> ? 1e-3 : 8e-3;  // twice the dtype's rounding, P and dS being rounded too
+  const bool good = of_dq.value() < bound && of_dk.value() < bound && of_dv.value() < bound;
+  printf("%s dim %d, %s, %s, %s, %d queries and %d keys in %d: dq %.1e dk %.1e dv %.1e\n", good ? "good" : "BAD", dim,
+         packed ? "packed" : "padded", task.causal ? "causal" : "full", task.deterministic ? "fixed" : "any order",
+         total_q, total_k, batch, of_dq.value(), of_dk.value(), of_dv.value());
+  return good;
+}
+
+// Plain, and at an odd head dim; then scored.
+template <template <class, int, bool> class K, int D>
+bool check_all(unsigned seed) {
+  const Task tasks[] = {
+      {{70}, {130}, {}, false, false, false, 1, 1},
+      {{130}, {200}, {}, false, true, true, 2, 1},
+      {{70, 3, 131}, {150, 64, 70}, {}, true, true, false, 2, 1},
+      {{70, 3, 0, 64, 131}, {150, 64, 10, 0, 129}, {}, true, false, true, 2, 2},
+      {{5, 190}, {150, 70}, {}, true, true, true, 2, 1, 40},
+      {{100, 64}, {128, 150}, {77, 130}, true, false, false, 1, 1},
+      {{40, 100}, {128, 128}, {0, 101}, false, true, true, 2, 1},
+  };
+  bool good = true;
+  for (const Task& task : tasks) {
+    good = check<K<BFloat16, D, false>, D>(task, D, 0.0f, seed) && good;
+    good = check<K<Half, D, true>, D>(task, D - 8, 3.0f, seed) && good;
+  }
+  return good;
+}
+
+int main(int, char** arguments) {
+  const int dim = atoi(arguments[1]);
+  const unsigned seed = unsigned(atoi(arguments[2]));
+  srand(seed);
+  switch (dim) {
+    case 64:
+      return !check_all<sm90::Backward, 64>(seed);
+    case 96:
+      return !check_all<sm90::Backward, 96>(seed);
+    case 128:
+      return !check_all<sm90::Backward, 128>(seed);
+    case 192:
+      return !check_all<sm90::WideBackward, 192>(seed);
+    case 256:
+      return !check_all<sm90::WideBackward, 256>(seed);
+  }
+  return 2;
+}

@@ -1,0 +1,190 @@
+// CUDA's threads on the host: fibres that run in random order, with what kernels call that is not PTX.
+#pragma once
+
+#include <ucontext.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+struct float2 {
+  float x, y;
+};
+struct float4 {
+  float x, y, z, w;
+};
+struct uint4 {
+  unsigned x = 0, y = 0, z = 0, w = 0;
+};
+
+namespace host {
+
+struct Index {
+  unsigned x;
+};
+
+// Threads that wait for each other.
+struct Meeting {
+  int arrived = 0;
+  unsigned held = 0;
+};
+
+struct Warp {
+  Meeting meeting;
+  uint32_t slot[32][4];  // what lanes exchange
+};
+
+struct ThreadBlock {
+  Index number;
+  char* shared;
+  Warp warps[12];
+  Meeting named[4];
+};
+
+struct Thread {
+  Index number;
+  ThreadBlock* block;
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  const char* waits_for = "";
+  bool done = false;
+};
+
+inline Thread* self;
+inline Index grid;
+inline std::vector<std::unique_ptr<Thread>> threads;
+inline size_t running, at;
+inline uint64_t switches;
+inline ucontext_t outside;
+inline void (*body)(void*);
+inline void* argument;
+
+inline size_t random_below(size_t count) { return size_t(rand()) % count; }
+
+inline Thread* next_thread() {
+  do {
+    at = random_below(64) == 0 ? random_below(threads.size()) : (at + 1) % threads.size();
+  } while (threads[at]->done);
+  return threads[at].get();
+}
+
+// Lets another thread run.
+inline void yield() {
+  if (++switches > 40'000'000) {
+    printf("nobody gets on\n");
+    for (const auto& thread : threads) {
+      if (thread->done || thread->number.x % 32 != 0) continue;
+      printf("thread %u of block %u waits for %s\n", thread->number.x, thread->block->number.x, thread->waits_for);
+    }
+    fflush(stdout);
+    _Exit(1);
+  }
+  Thread* const from = self;
+  self = next_thread();
+  if (self != from) swapcontext(&from->context, &self->context);
+}
+
+inline void meet(Meeting& meeting, int count) {
+  const unsigned now = meeting.held;
+  if (++meeting.arrived == count) {
+    meeting.arrived = 0;
+    ++meeting.held;
+  } else {
+    while (meeting.held == now) yield();
+  }
+}
+inline Warp& warp() { return self->block->warps[self->number.x / 32]; }
+inline void meet_warp() { meet(warp().meeting, 32); }
+
+// Calls f(slot of every lane) once all lanes have written theirs.
+template <class Write, class F>
+void exchange(Write&& write, F&& f) {
+  write(warp().slot[self->number.x % 32]);
+  meet_warp();
+  f(warp().slot);
+  meet_warp();
+}
+
+template <class T>
+T shuffle(T x, int lane) {
+  exchange([&](uint32_t(&mine)[4]) { memcpy(mine, &x, sizeof x); },
+           [&](uint32_t(&all)[32][4]) { memcpy(&x, all[lane], sizeof x); });
+  return x;
+}
+
+inline char* shared_memory(uint32_t address) { return self->block->shared + address; }
+// The copy engine's 128-byte mode.
+inline char* swizzled(uint32_t address) { return shared_memory(address ^ (address >> 7 & 7) << 4); }
+
+inline void start() {
+  body(argument);
+  self->done = true;
+  if (--running == 0) setcontext(&outside);
+  self = next_thread();
+  setcontext(&self->context);
+}
+
+// Runs f() in every thread of `blocks` thread blocks.
+template <class F>
+void launch(unsigned blocks, unsigned threads_of_block, size_t shared_bytes, F&& f) {
+  constexpr size_t kStack = 256 << 10;
+  std::vector<ThreadBlock> all(blocks);
+  threads.clear();
+  at = switches = 0;
+  grid = {blocks};
+  body = [](void* f) { (*static_cast<std::remove_reference_t<F>*>(f))(); };
+  argument = &f;
+  for (unsigned block = 0; block < blocks; ++block) {
+    all[block].number = {block};
+    all[block].shared = static_cast<char*>(aligned_alloc(1024, (shared_bytes + 1023) / 1024 * 1024));
+    memset(all[block].shared, 0x7f, shared_bytes);  // NaN in either 16-bit dtype
+    for (unsigned number = 0; number < threads_of_block; ++number) {
+      auto& thread = *threads.emplace_back(std::make_unique<Thread>());
+      thread.number = {number};
+      thread.block = &all[block];
+      thread.stack.reset(new char[kStack]);
+      getcontext(&thread.context);
+      thread.context.uc_stack.ss_sp = thread.stack.get();
+      thread.context.uc_stack.ss_size = kStack;
+      makecontext(&thread.context, start, 0);
+    }
+  }
+  running = threads.size();
+  self = threads[0].get();
+  swapcontext(&outside, &self->context);
+  for (const ThreadBlock& block : all) free(block.shared);
+}
+
+}  // namespace host
+
+#define threadIdx (host::self->number)
+#define blockIdx (host::self->block->number)
+#define gridDim (host::grid)
+#define __grid_constant__
+
+inline void __syncwarp(unsigned = 0xffffffffu) { host::meet_warp(); }
+inline void __syncthreads() { host::meet(host::self->block->named[0], 384); }
+template <class T>
+T __shfl_sync(unsigned, T x, int lane) {
+  return host::shuffle(x, lane);
+}
+template <class T>
+T __shfl_xor_sync(unsigned, T x, int mask) {
+  return host::shuffle(x, int(threadIdx.x % 32) ^ mask);
+}
+inline unsigned atomicAdd(unsigned* p, unsigned x) {
+  const unsigned before = *p;
+  *p += x;
+  return before;
+}
+inline int min(int a, int b) { return a < b ? a : b; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t bytes = uint64_t(b) << 32 | a;
+  uint32_t x = 0;
+  for (int i = 0; i < 4; ++i) x |= uint32_t(bytes >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+  return x;
+}

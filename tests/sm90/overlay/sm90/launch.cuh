@@ -1,0 +1,26 @@
+// csrc/cuda/sm90/launch.cuh on the host: tensor maps alone.
+#pragma once
+
+#include <algorithm>
+
+#include "../../core/registry.h"
+#include "tma.cuh"
+
+namespace flash_attn {
+namespace sm90 {
+
+inline CUtensorMap tensor_map(const TensorRef& t, DType, int batch, int rows, int heads, int head_dim, int box_rows) {
+  return {static_cast<const char*>(t.data),
+          {head_dim, rows, heads, batch},
+          {1, t.row_stride, t.head_stride, t.batch_stride},
+          box_rows};
+}
+
+int multiprocessors();
+template <class K>
+void run_blocks(typename K::Launched);
+template <class K>
+void launch_blocks(const typename K::Launched&, int64_t, int, int, void*);
+
+}  // namespace sm90
+}  // namespace flash_attn

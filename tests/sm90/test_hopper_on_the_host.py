@@ -1,0 +1,41 @@
+"""Hopper's backward on the CPU: the kernels' sources, threads as fibres in random order, PTX replaced by C++.
+
+No substitute for a GPU: multiplies are done when they are issued, lanes of a warp drift apart, and memory is in order.
+What it finds are values from the wrong place or of nobody (shared memory and neighbours are NaN), barriers that count
+wrong, and schedules in which nobody gets on.
+"""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+
+
+@pytest.fixture(scope="session")
+def backward(tmp_path_factory) -> Path:
+    """The program of backward.cpp."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("g++ was not found")
+    folder = tmp_path_factory.mktemp("sm90")
+    shutil.copytree(CSRC / "core", folder / "core")
+    shutil.copytree(CSRC / "cuda", folder / "cuda")
+    shutil.copytree(HERE / "overlay", folder / "cuda", dirs_exist_ok=True)
+    program = folder / "backward"
+    command = [compiler, "-std=c++17", "-O1", "-w", "-fno-strict-aliasing", "-ffp-contract=off", f"-I{folder}"]
+    command += [f"-I{HERE}", "-include", "host.h", str(HERE / "backward.cpp"), "-o", str(program)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return program
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
+def test_backward_is_that_of_the_definition(backward, dim, seed):
+    done = subprocess.run([backward, str(dim), str(seed)], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+    assert done.stdout.count("good") == 14
