@@ -204,12 +204,11 @@ def _visible_cache(
     if block_table is not None:
         capacity = block_table.shape[1] * k_cache.shape[1]
         k_cache, v_cache = (prepare.gather_pages(cache, block_table, capacity) for cache in (k_cache, v_cache))
-    if cache_leftpad is None:
-        if cache_batch_idx is not None:
-            rows = _cache_rows(cache_batch_idx, batch, k_cache)
-            k_cache, v_cache = k_cache.index_select(0, rows), v_cache.index_select(0, rows)
+    if cache_leftpad is None and cache_batch_idx is None:
         return k_cache, v_cache, after
     rows = _cache_rows(cache_batch_idx, batch, k_cache)
+    if cache_leftpad is None:
+        return k_cache.index_select(0, rows), v_cache.index_select(0, rows), after
     leftpad = check.int32_vector("cache_leftpad", cache_leftpad, k_cache.device, batch)
     seqlen = k_cache.shape[1]
     check.in_range("cache_leftpad", leftpad, 0, seqlen, "skip at most the whole cache")

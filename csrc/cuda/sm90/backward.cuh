@@ -18,19 +18,14 @@ namespace sm90 {
 template <class T_, int D, bool SCORED>
 struct Backward : BackwardBlock<BackwardTuning<D>::kBlockM, 128> {
   using T = T_;
-  using Scalar = float;
   using Tuning = BackwardTuning<D>;
   using Block = BackwardBlock<Tuning::kBlockM, 128>;
-  using typename Block::Launched, typename Block::Params, typename Block::Step;
-  using Block::group, Block::kM, Block::kN, Block::launched, Block::mask, Block::p, Block::seq, Block::shared,
-      Block::steps, Block::take, Block::walk, Block::work;
+  using typename Block::A, typename Block::Launched, typename Block::Step;
+  using Block::group, Block::kComputing, Block::kM, Block::kN, Block::launched, Block::mask, Block::p, Block::seq,
+      Block::shared, Block::steps, Block::take, Block::walk, Block::work;
   static constexpr int kD = D, kStages = 2;  // a step's stage is its number modulo 2
-  static constexpr int kGroups = 2, kWarps = 8, kComputing = 256, kThreads = 384;
-  // A thread is launched with 168. What two warpgroups take the third must give, or they wait for ever.
-  static constexpr int kComputingRegisters = 232, kLoadingRegisters = 40;
-  static_assert(kGroups * kComputingRegisters + kLoadingRegisters <= 3 * 168);
+  static constexpr int kWarps = kComputing / 32;
 
-  using A = Sm80::Block<kWarps>;
   using Scores = sm80::Accumulator<float, kN, kM, kWarps, kWarps>;  // [keys, queries]
   using Factor = sm80::Operand<T, kN, kM, kWarps>;
   using KeyGradient = sm80::Accumulator<float, kN, D, kWarps, kWarps>;
@@ -51,11 +46,10 @@ struct Backward : BackwardBlock<BackwardTuning<D>::kBlockM, 128> {
   };
   static constexpr int kBarrierBytes = 128;
   static_assert(sizeof(Barriers) <= kBarrierBytes);
-  static constexpr int kSharedBytes = kBarriersAt + kBarrierBytes, kStashBytes = 0;
+  static constexpr int kSharedBytes = kBarriersAt + kBarrierBytes;
 
   static void launch(const void* params, int64_t blocks, int shared_bytes, void* stream) {
-    launch_blocks<Backward>(Launched(*static_cast<const Params*>(params)),
-                            std::min<int64_t>(blocks, multiprocessors()), 1, shared_bytes, stream);
+    Block::template launch_persistent<Backward>(params, blocks, shared_bytes, stream);
   }
   static const void* device() { return reinterpret_cast<const void*>(&run_blocks<Backward>); }
 
@@ -92,12 +86,12 @@ struct Backward : BackwardBlock<BackwardTuning<D>::kBlockM, 128> {
     }
     __syncthreads();
     if (threadIdx.x >= kComputing) {
-      keep_registers<kLoadingRegisters>();
+      keep_registers<Block::kLoadingRegisters>();
       const int warp = (int(threadIdx.x) - kComputing) / 32;
       if (warp == 0) load();
       if ((warp == 1 || warp == 2) && threadIdx.x % 32 == 0) add_up(warp - 1);
     } else {
-      take_registers<kComputingRegisters>();
+      take_registers<Block::kComputingRegisters>();
       compute();
     }
   }
@@ -196,11 +190,7 @@ struct Backward : BackwardBlock<BackwardTuning<D>::kBlockM, 128> {
       const uint32_t block = __shfl_sync(0xffffffffu, barriers.next.told(n), 0);
       if (block == Announcements::kNone) return;
       take(block);
-      clear_spare_rows<A>(p, p.cu_seqlens_k, p.total_k, work.batch, work.key_begin / kN, ceil_div(p.seqlen_k, kN),
-                          [&](int64_t row, int col) {
-                            head_rows<T>(p.dk, 0, work.kv_head, row)[col] = T{};
-                            head_rows<T>(p.dv, 0, work.kv_head, row)[col] = T{};
-                          });
+      Block::template clear_spare_keys<T>();
       if (work.key_begin < seq.stored_k) compute(i, loads);
     }
   }
@@ -210,8 +200,7 @@ struct Backward : BackwardBlock<BackwardTuning<D>::kBlockM, 128> {
     dk.fill(0);
     dv.fill(0);
     if (steps() > 0) {
-      // Rows behind a sequence's last may be another's, or hold anything: 0 * NaN is NaN.
-      const bool foreign = p.cu_seqlens_q != nullptr || p.seqused_k != nullptr;
+      const bool foreign = Block::has_foreign_rows();
       barriers.keys_full.wait(loads++ % 2);
       if (foreign && seq.len_k - work.key_begin < kN) clear_rows<kPanels>(shared, kKPanel, seq.len_k - work.key_begin);
       Step step(work.kv_head * group);

@@ -44,7 +44,13 @@ struct Announcements {
 template <int BLOCK_M, int BLOCK_N>
 struct BackwardBlock {
   using Params = BackwardParams;
-  static constexpr int kM = BLOCK_M, kN = BLOCK_N, kBlockM = kM, kBlockN = kN;
+  using Scalar = float;
+  static constexpr int kM = BLOCK_M, kN = BLOCK_N, kBlockM = kM, kBlockN = kN, kStashBytes = 0;
+  static constexpr int kComputing = 256, kThreads = 384;  // two warpgroups of three compute
+  // A thread is launched with 168. What two warpgroups take the third must give, or they wait for ever.
+  static constexpr int kComputingRegisters = 232, kLoadingRegisters = 40;
+  static_assert(2 * kComputingRegisters + kLoadingRegisters <= 3 * 168);
+  using A = Sm80::Block<kComputing / 32>;
 
   struct Launched {
     BackwardParams p;
@@ -64,6 +70,12 @@ struct BackwardBlock {
 
   static FA_HOST_DEVICE int64_t blocks(const Params& p) {
     return int64_t(ceil_div(p.seqlen_k, kN)) * p.heads_kv * p.batch;
+  }
+  // Of the kernel K, made of this.
+  template <class K>
+  static void launch_persistent(const void* params, int64_t blocks, int shared_bytes, void* stream) {
+    launch_blocks<K>(Launched(*static_cast<const Params*>(params)), std::min<int64_t>(blocks, multiprocessors()), 1,
+                     shared_bytes, stream);
   }
 
   const Launched& launched;
@@ -93,6 +105,18 @@ struct BackwardBlock {
     walk = QueryWalk<kM, kN>(mask, work.key_begin);
   }
   FA_DEVICE int steps() const { return group * walk.steps; }
+
+  // Whether rows behind a sequence's last may be another's, or hold anything: 0 * NaN is NaN.
+  FA_DEVICE bool has_foreign_rows() const { return p.cu_seqlens_q != nullptr || p.seqused_k != nullptr; }
+
+  template <class T>
+  FA_DEVICE void clear_spare_keys() const {
+    clear_spare_rows<A>(p, p.cu_seqlens_k, p.total_k, work.batch, work.key_begin / kN, ceil_div(p.seqlen_k, kN),
+                        [&](int64_t row, int col) {
+                          head_rows<T>(p.dk, 0, work.kv_head, row)[col] = T{};
+                          head_rows<T>(p.dv, 0, work.kv_head, row)[col] = T{};
+                        });
+  }
 
   // For the warp that loads: takes one block after another and tells the others. load_keys(n) is called for the n-th
   // block that has steps, load_queries(i) for each block, i being the number of its first step, to be advanced.

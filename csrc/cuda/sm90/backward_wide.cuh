@@ -17,13 +17,9 @@ namespace sm90 {
 template <class T_, int D, bool SCORED>
 struct WideBackward : BackwardBlock<64, 64> {
   using T = T_;
-  using Scalar = float;
   using Block = BackwardBlock<64, 64>;
   static constexpr int kD = D, kStages = 2;
-  static constexpr int kComputing = 256, kThreads = 384;
-  static constexpr int kComputingRegisters = 232, kLoadingRegisters = 40;  // as in backward.cuh
 
-  using A = Sm80::Block<8>;
   using Scores = sm80::Accumulator<float, kN, kM, 4, 4>;  // [keys, queries], of a warpgroup
   using Factor = sm80::Operand<T, kN, kM, 4>;
   using KeyGradient = sm80::Accumulator<float, kN, D, 4, 4>;
@@ -48,11 +44,10 @@ struct WideBackward : BackwardBlock<64, 64> {
   };
   static constexpr int kBarrierBytes = 384;
   static_assert(sizeof(Barriers) <= kBarrierBytes);
-  static constexpr int kSharedBytes = kBarriersAt + kBarrierBytes, kStashBytes = 0;
+  static constexpr int kSharedBytes = kBarriersAt + kBarrierBytes;
 
   static void launch(const void* params, int64_t blocks, int shared_bytes, void* stream) {
-    launch_blocks<WideBackward>(Launched(*static_cast<const Params*>(params)),
-                                std::min<int64_t>(blocks, multiprocessors()), 1, shared_bytes, stream);
+    launch_persistent<WideBackward>(params, blocks, shared_bytes, stream);
   }
   static const void* device() { return reinterpret_cast<const void*>(&run_blocks<WideBackward>); }
 
@@ -198,11 +193,7 @@ struct WideBackward : BackwardBlock<64, 64> {
       const uint32_t block = __shfl_sync(0xffffffffu, barriers.next.told(n), 0);
       if (block == Announcements::kNone) return;
       take(block);
-      clear_spare_rows<A>(p, p.cu_seqlens_k, p.total_k, work.batch, work.key_begin / kN, ceil_div(p.seqlen_k, kN),
-                          [&](int64_t row, int col) {
-                            head_rows<T>(p.dk, 0, work.kv_head, row)[col] = T{};
-                            head_rows<T>(p.dv, 0, work.kv_head, row)[col] = T{};
-                          });
+      clear_spare_keys<T>();
       if (work.key_begin >= seq.stored_k) continue;
       KeyGradient sum;
       sum.fill(0);
@@ -214,7 +205,7 @@ struct WideBackward : BackwardBlock<64, 64> {
 
   template <bool KEYS>
   FA_DEVICE void walk_queries(uint32_t& i, uint32_t& loads, KeyGradient& sum) {
-    const bool foreign = p.cu_seqlens_q != nullptr || p.seqused_k != nullptr;  // see backward.cuh
+    const bool foreign = has_foreign_rows();
     barriers.keys_full.wait(loads++ % 2);
     if (foreign && seq.len_k - work.key_begin < kN) clear_rows<kPanels>(shared, kPanel, seq.len_k - work.key_begin);
     Step step(work.kv_head * group);
