@@ -126,15 +126,17 @@ struct BackwardBlock {
       prefetch(launched.q);
       prefetch(launched.dout);
     }
+    // Blocks are begun in their order, however few thread blocks there is room for at a time: in the fixed order each
+    // may wait for those before it.
     const uint32_t blocks = uint32_t(BackwardBlock::blocks(p));
-    uint32_t i = 0, loads = 0, block = blockIdx.x;
-    for (uint32_t n = 0; block < blocks; ++n) {
-      next.tell(n, block);
+    uint32_t i = 0, loads = 0;
+    for (uint32_t n = 0;; ++n) {
+      const uint32_t block = take_block(p.blocks_taken);
+      next.tell(n, block < blocks ? block : Announcements::kNone);
+      if (block >= blocks) return;
       take(block);
       if (steps() > 0) load_keys(loads++);
       load_queries(i);
-      block = take_block(p.blocks_taken);
-      if (block >= blocks) next.tell(n + 1, Announcements::kNone);
     }
   }
 

@@ -250,7 +250,7 @@ struct Forward {
   // This thread block's next tile.
   FA_DEVICE uint32_t following(uint32_t tile) const {
     if (pairs) return tile + gridDim.x / 2;
-    return p.tiles_taken == nullptr ? tile + gridDim.x : take_block(p.tiles_taken);
+    return gridDim.x + (p.tiles_taken == nullptr ? tile : take_block(p.tiles_taken));
   }
 
   // Messages without Q.

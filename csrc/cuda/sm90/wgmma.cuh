@@ -10,11 +10,11 @@ namespace sm90 {
 FA_DEVICE int warpgroup() { return __shfl_sync(0xffffffffu, int(threadIdx.x) / 128, 0); }
 FA_DEVICE bool first_lane() { return threadIdx.x % 32 == 0; }
 
-// For a warp: the next of a launch's blocks that no thread block has taken, each having begun with its own.
+// For a warp: how many of a launch's blocks were taken before this one.
 FA_DEVICE uint32_t take_block(uint32_t* taken) {
   uint32_t before = 0;
   if (first_lane()) before = atomicAdd(taken, 1);
-  return gridDim.x + __shfl_sync(0xffffffffu, before, 0);
+  return __shfl_sync(0xffffffffu, before, 0);
 }
 
 // A matrix in shared memory in panels of 128-byte rows, swizzled over eight of them (the copy engine's 128-byte mode).
