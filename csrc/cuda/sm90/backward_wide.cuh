@@ -85,7 +85,7 @@ struct WideBackward : BackwardBlock<64, 64> {
       }
       for (int buffer = 0; buffer < 2; ++buffer) {
         barriers.may_add[buffer].init(1);
-        barriers.added[buffer].init(8);
+        barriers.added[buffer].init(kComputing);  // every lane that has read the target
         barriers.passed_on[buffer].init(1);
       }
       fence_barrier_init();
@@ -350,8 +350,7 @@ struct WideBackward : BackwardBlock<64, 64> {
   }
   FA_DEVICE void add_more(const float (&dq)[kColsMore / 2], uint32_t i) {
     add(dq, kColsMore == 32 && warpgroup() == 1 ? 0 : kColsFirst / 2, i);
-    __syncwarp();
-    if (first_lane()) barriers.added[i % 2].arrive();
+    barriers.added[i % 2].arrive();
   }
   template <int REGS>
   FA_DEVICE void add(const float (&dq)[REGS], int to, uint32_t i) {
