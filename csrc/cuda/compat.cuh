@@ -215,7 +215,14 @@ FA_DEVICE float tanh_fast(float x) {
 // needs anything else.
 #if defined(__CUDACC__) && !defined(__HIPCC__)
 constexpr bool kTanhBySeries = true;
-FA_DEVICE bool any_lane(bool x) { return __any_sync(0xffffffffu, x); }
+FA_DEVICE bool any_lane(bool x) {
+  int any;
+  asm volatile(
+      "{\n.reg .pred x;\n setp.ne.s32 x, %1, 0;\n vote.sync.any.pred x, x, 0xffffffff;\n selp.s32 %0, 1, 0, x;\n}"
+      : "=r"(any)
+      : "r"(int(x)));
+  return any != 0;
+}
 // Computed whether or not it is used: for one of two that a select will take.
 FA_DEVICE float unbranched(float x) {
   asm volatile("" : "+f"(x));
