@@ -223,15 +223,9 @@ FA_DEVICE bool any_lane(bool x) {
       : "r"(int(x)));
   return any != 0;
 }
-// Computed whether or not it is used: for one of two that a select will take.
-FA_DEVICE float unbranched(float x) {
-  asm volatile("" : "+f"(x));
-  return x;
-}
 #else
 constexpr bool kTanhBySeries = false;
 FA_DEVICE bool any_lane(bool x) { return x; }
-FA_DEVICE float unbranched(float x) { return x; }
 #endif
 
 // The same value, said to be equal in all lanes of a wave: on AMD it then needs no vector register.
@@ -260,6 +254,13 @@ FA_DEVICE int unhoisted(int x) {
   asm volatile("" : "+r"(x));
 #elif defined(__HIP_DEVICE_COMPILE__)
   asm volatile("" : "+v"(x));
+#endif
+  return x;
+}
+// Likewise: one of two that a select will take is computed before it, rather than in a branch.
+FA_DEVICE float unhoisted(float x) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+f"(x));
 #endif
   return x;
 }

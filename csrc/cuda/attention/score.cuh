@@ -79,7 +79,7 @@ class ScoreModifier {
         apply_tanh([&](Scalar score) { return tanh_series(score * factor); });
       } else {
         apply_tanh([&](Scalar score) {
-          const Scalar near = unbranched(tanh_series(score * factor)), far = unbranched(tanh_of(score * factor));
+          const Scalar near = unhoisted(tanh_series(score * factor)), far = unhoisted(tanh_of(score * factor));
           return absolute(score) > end ? far : near;
         });
       }

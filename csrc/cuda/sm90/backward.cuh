@@ -89,7 +89,7 @@ struct Backward : BackwardBlock<BackwardTuning<D>::kBlockM, 128> {
       keep_registers<Block::kLoadingRegisters>();
       const int warp = (int(threadIdx.x) - kComputing) / 32;
       if (warp == 0) load();
-      if ((warp == 1 || warp == 2) && threadIdx.x % 32 == 0) add_up(warp - 1);
+      if ((warp == 1 || warp == 2) && first_lane()) add_up(warp - 1);
     } else {
       take_registers<Block::kComputingRegisters>();
       compute();
