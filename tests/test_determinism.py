@@ -46,6 +46,19 @@ def test_batch_does_not_matter(device, dtype, name, dim):
         assert same(whole, [torch.cat(column) for column in zip(*parts, strict=True)])
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
+def test_large_batch_does_not_matter(cuda_only, dim, causal):
+    """Heads enough that dQ's sums take the room of those that are done (docs/hopper.md)."""
+    q, k, v = random_qkv(cuda_only, torch.bfloat16, 64, 300, heads_q=16, heads_kv=8, dim=dim)
+    dout = torch.randn_like(q)
+    whole = run(*leaves(q, k, v), dout, causal=causal)
+    parts = [
+        run(*leaves(*(x[b : b + 16] for x in (q, k, v))), dout[b : b + 16], causal=causal) for b in range(0, 64, 16)
+    ]
+    assert same(whole, [torch.cat(column) for column in zip(*parts, strict=True)])
+
+
 def test_heads_do_not_matter(device, dtype):
     q, k, v = random_qkv(device, dtype, 2, 70, 150, heads_q=6, heads_kv=3)
     dout = torch.randn(q.shape).to(q)
@@ -266,3 +279,21 @@ def test_memory_of_the_mode(cuda_only):
     without = peak()
     with deterministic_mode(True, 512):
         assert peak() <= 1.1 * without
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_memory_of_the_backward(cuda_only, dim, deterministic):
+    """On Hopper a tenth of the inputs beside the gradients, once they are large."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("only Hopper's own loops use the room of sums again")
+    q, k, v = random_qkv(cuda_only, torch.bfloat16, 16, 2048, heads_q=2048 // dim, dim=dim, grad=True)
+    out = flash_attn_func(q, k, v, causal=True, deterministic=deterministic)
+    dout = torch.randn_like(out)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    results = gradients(out, (q, k, v), dout)
+    torch.cuda.synchronize()
+    workspace = torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in results)
+    assert workspace <= 0.1 * sum(x.nbytes for x in (q, k, v, out, dout))

@@ -89,9 +89,9 @@ def usages_of(instance: Instance, backend: CudaBackend, folder: Path) -> list[Us
     if result.returncode != 0:
         raise BuildError(f"{instance.name} does not compile:\n{result.stderr}")
     usages = parse_ptxas(result.stderr + result.stdout)
-    expected = sum("code=sm_" in code for code in backend.codes(instance.machine))
-    if len(usages) != expected:
-        raise BuildError(f"{instance.name}: {len(usages)} reports from ptxas, {expected} expected")
+    codes = sum("code=sm_" in code for code in backend.codes(instance.machine))
+    if not usages or len(usages) % codes != 0:  # an instance may have a small kernel beside its own
+        raise BuildError(f"{instance.name}: {len(usages)} reports from ptxas for {codes} machine codes")
     return usages
 
 

@@ -83,11 +83,13 @@ struct BackwardParams : AttentionParams {
   TensorRef dout, dq, dk, dv;
   RowsRef dlse;                   // gradient of the returned LSE; data null: zero
   RowsRef delta;                  // rowsum(dout * out) - dlse, written by the preprocess kernel
-  void* dq_accum;                 // accum, in fragment order: see backward_workspace
-  int32_t* dq_turn;               // [batch, heads_q, query blocks], zero on entry; null: order is free
-  // The first addition to a query block's sum stores: dq_accum may hold anything on entry. dq_turn is then never null,
-  // and stays zero where nothing is added. Else dq_accum is zero on entry.
-  bool dq_stores_first;
+  void* dq_accum;                 // sums of query blocks, accum, in fragment order; zero on entry
+  int32_t* dq_turn;               // [heads_q, query blocks], zero on entry: who has added; null: order is free
+  // A persistent kernel stores the first addition to a sum, so that dq_accum may hold anything on entry, needs dq_turn
+  // in any case, and writes dq itself: a block the share of the block before it by this number; negative: afterwards.
+  int dq_lag;
+  int dq_heads;                   // KV heads (of batch * heads_kv) whose sums there is room for at a time
+  int32_t* dq_progress;           // [2, batch * heads_kv], zero on entry: blocks that have added, shares written
   uint32_t* blocks_taken;         // zero on entry: how many blocks the thread blocks of a persistent kernel took
   bool deterministic;
 };

@@ -159,7 +159,7 @@ void launch(const KernelInfo& kernel, Params& params, const Queue& queue, int mo
 size_t align(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 // Heads, of `bytes` and `blocks` each, whose blocks are interleaved. Where a head's blocks are alike, as many as fill
-// the GPU: more would push each other's data out of the L2 cache. Where they differ, twice as many, so that short
+// the GPU: more would push each other's data out of the L2 cache. Where they differ, about twice as many, so that short
 // blocks fill the gaps that long ones leave, and such that the last group is not much smaller. No more than half of the
 // cache holds, but `needed` in any case.
 int choose_head_group(int64_t bytes, int blocks, int heads, bool differ, int needed, const Queue& queue) {
@@ -170,7 +170,7 @@ int choose_head_group(int64_t bytes, int blocks, int heads, bool differ, int nee
   if (!differ) return least;
   const auto last = [&](int group) { return heads % group == 0 ? group : heads % group; };
   int best = least;
-  for (int group = least; group <= std::min(most, 2 * least); ++group) {
+  for (int group = std::max(needed, (least + 1) / 2); group <= std::min(most, 2 * least); ++group) {
     if (last(group) * best > last(best) * group) best = group;
   }
   return best;
@@ -314,13 +314,45 @@ void forward(ForwardParams p, void* workspace, const Queue& queue) {
 
 // ---- backward ------------------------------------------------------------------------------------------------------
 
-size_t dq_accum_bytes(const BackwardParams& p, const KernelInfo& kernel) {
-  return align(size_t(p.heads_q) * query_blocks(p, kernel.block_m) * kernel.block_m * kernel.key.head_dim *
-               sizeof(float));
+// A persistent kernel writes dq itself. Where heads are alike and many, at the ends of blocks, of heads all of whose
+// blocks have been begun: then there need be room for the sums of a few groups of heads alone. Else afterwards.
+void plan_dq(BackwardParams& p, const KernelInfo& kernel, const Queue& queue) {
+  const int64_t heads = int64_t(p.batch) * p.heads_kv, blocks = std::max(1, ceil_div(p.seqlen_k, kernel.block_n));
+  const int64_t group = std::min<int64_t>(heads, p.head_group) * blocks;
+  // How many blocks are begun while one is done: as many as run at a time, and twice as many beside the longest of a
+  // causal mask, which in the fixed order is a group's last.
+  const int64_t at_once = device_attribute(cudaDevAttrMultiProcessorCount, queue);
+  const int64_t meanwhile = blocks_differ(p) ? 2 * at_once : at_once;
+  const int64_t late = p.deterministic && blocks_differ(p) ? meanwhile : std::min(group, at_once / 4);
+  const bool alike = p.cu_seqlens_q == nullptr && p.seqused_k == nullptr;
+  if (alike && heads * blocks > 2 * (group + late)) {
+    p.dq_lag = int(group + late);
+    // A block must not need the room of sums that it, or a later one, is to write.
+    const int64_t least = (group + p.dq_lag + group - 1) / group * p.head_group;
+    const int64_t wanted = (group + p.dq_lag + meanwhile + blocks - 1) / blocks;
+    p.dq_heads = int(std::min(heads, std::max(least, wanted)));
+  } else {
+    p.dq_lag = -1;
+    p.dq_heads = int(heads);
+  }
+}
+
+int64_t dq_blocks(const BackwardParams& p, const KernelInfo& kernel) {
+  return p.heads_q * query_blocks(p, kernel.block_m);
 }
 size_t dq_turn_bytes(const BackwardParams& p, const KernelInfo& kernel) {
   const bool counted = p.deterministic || is_persistent(kernel);
-  return counted ? align(size_t(p.heads_q) * query_blocks(p, kernel.block_m) * sizeof(int32_t)) : 0;
+  return counted ? align(size_t(dq_blocks(p, kernel)) * sizeof(int32_t)) : 0;
+}
+size_t dq_accum_bytes(const BackwardParams& p, const KernelInfo& kernel) {
+  int64_t blocks = dq_blocks(p, kernel);
+  if (is_persistent(kernel) && p.dq_heads < p.batch * p.heads_kv) {
+    blocks = int64_t(p.dq_heads) * (p.heads_q / p.heads_kv) * ceil_div(p.seqlen_q, kernel.block_m);
+  }
+  return align(size_t(blocks) * kernel.block_m * kernel.key.head_dim * sizeof(float));
+}
+size_t dq_progress_bytes(const BackwardParams& p, const KernelInfo& kernel) {
+  return is_persistent(kernel) ? align(size_t(2) * p.batch * p.heads_kv * sizeof(int32_t)) : 0;
 }
 
 // Heads that must run side by side lest the fixed order hold blocks back. A head's blocks start at most as fast as one
@@ -342,26 +374,29 @@ Workspace plan_backward(BackwardParams& p, const Queue& queue) {
       2 * (int64_t(p.seqlen_q) * group + p.seqlen_k) * p.head_dim * int64_t(element_bytes(p.dtype));
   p.head_group = choose_head_group(head_bytes, blocks, p.heads_kv * p.batch, blocks_differ(p),
                                    heads_of_fixed_order(p, kernel, queue), queue);
-  return {dq_accum_bytes(p, kernel) + dq_turn_bytes(p, kernel) + blocks_taken_bytes(kernel)};
+  if (is_persistent(kernel)) plan_dq(p, kernel, queue);
+  return {dq_accum_bytes(p, kernel) + dq_turn_bytes(p, kernel) + dq_progress_bytes(p, kernel) +
+          blocks_taken_bytes(kernel)};
 }
 
 void backward(BackwardParams p, void* workspace, const Queue& queue) {
   use_device(queue);
   const KernelInfo& kernel = backward_kernel(p, queue);
   const size_t accum_bytes = dq_accum_bytes(p, kernel), turn_bytes = dq_turn_bytes(p, kernel);
-  const size_t taken_bytes = blocks_taken_bytes(kernel);
+  const size_t progress_bytes = dq_progress_bytes(p, kernel), taken_bytes = blocks_taken_bytes(kernel);
   char* const counters = static_cast<char*>(workspace) + accum_bytes;
   p.dq_accum = workspace;
   p.dq_turn = turn_bytes > 0 ? reinterpret_cast<int32_t*>(counters) : nullptr;
-  p.dq_stores_first = is_persistent(kernel);
-  p.blocks_taken = reinterpret_cast<uint32_t*>(counters + turn_bytes);
-  const size_t left_alone = p.dq_stores_first ? accum_bytes : 0;
+  p.dq_progress = reinterpret_cast<int32_t*>(counters + turn_bytes);
+  p.blocks_taken = reinterpret_cast<uint32_t*>(counters + turn_bytes + progress_bytes);
+  const size_t left_alone = is_persistent(kernel) ? accum_bytes : 0;
   check(cudaMemsetAsync(static_cast<char*>(workspace) + left_alone, 0,
-                        accum_bytes - left_alone + turn_bytes + taken_bytes, static_cast<cudaStream_t>(queue.stream)),
+                        accum_bytes - left_alone + turn_bytes + progress_bytes + taken_bytes,
+                        static_cast<cudaStream_t>(queue.stream)),
         "clearing the backward's workspace");
   launch(preprocess_kernel(p, queue), p, queue);
   launch(kernel, p, queue);
-  launch(find(queue, KernelKind::kFinishDq, p.dtype, p.head_dim), p, queue);
+  if (!is_persistent(kernel)) launch(find(queue, KernelKind::kFinishDq, p.dtype, p.head_dim), p, queue);
 }
 
 // That of the first device.

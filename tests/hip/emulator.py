@@ -81,8 +81,8 @@ class BackwardParams(AttentionParams):
         *_fields(TensorRef, "dout dq dk dv"),
         *_fields(RowsRef, "dlse delta"),
         *_fields(ctypes.c_int64, "dq_accum dq_turn"),
-        ("dq_stores_first", ctypes.c_bool),
-        *_fields(ctypes.c_int64, "blocks_taken"),
+        *_fields(ctypes.c_int32, "dq_lag dq_heads"),
+        *_fields(ctypes.c_int64, "dq_progress blocks_taken"),
         ("deterministic", ctypes.c_bool),
     ]
 

@@ -25,19 +25,13 @@ struct FinishDq {
     const int head = int(block / row_blocks % p.heads_q);
     const int batch = int(block / row_blocks / p.heads_q);
     const Sequence seq(p, batch);
-    clear_spare_rows<A>(p, p.cu_seqlens_q, p.total_q, batch, row_block, row_blocks,
-                        [&](int64_t row, int col) { head_rows<T>(p.dq, 0, head, row)[col] = T{}; });
     const int rows = seq.len_q - row_block * kBlockM;
     if (rows <= 0) return;
 
     const int64_t slot =
         head * query_blocks(p, kBlockM) + first_query_block(p, batch, seq.first_q, kBlockM) + row_block;
     QueryGradient dq;
-    if (p.dq_stores_first && p.dq_turn[slot] == 0) {
-      dq.fill(Scalar(0));
-    } else {
-      A::restore(dq, static_cast<const Scalar*>(p.dq_accum) + slot * (kBlockM * Main::kD));
-    }
+    A::restore(dq, static_cast<const Scalar*>(p.dq_accum) + slot * (kBlockM * Main::kD));
     QueryGradient::for_each([&](int, int, int, int reg) { dq[reg] *= Scalar(p.softmax_scale); });
     Tile tile(shared);
     tile.put(dq);

@@ -1,5 +1,5 @@
 // Preprocess: delta = rowsum(dO * out) - dLSE, what dS subtracts from dP. The second term is the gradient of a loss
-// that uses the log-sum-exp: d lse / d score = P.
+// that uses the log-sum-exp: d lse / d score = P. Clears dq's spare rows.
 #pragma once
 
 #include "../attention/schedule.cuh"
@@ -26,7 +26,10 @@ struct Preprocess {
     const int batch = int(block / row_blocks / p.heads_q);
     const Sequence seq(p, batch);
     clear_spare_rows<A>(p, p.cu_seqlens_q, p.total_q, batch, first_row / kRows, row_blocks,
-                        [&](int64_t row, int) { *head_rows<Scalar>(p.delta, 0, head, row) = Scalar(0); });
+                        [&](int64_t row, int col) {
+                          if (col == 0) *head_rows<Scalar>(p.delta, 0, head, row) = Scalar(0);
+                          head_rows<T>(p.dq, 0, head, row)[col] = T{};
+                        });
     if (first_row >= seq.len_q) return;
 
     const int64_t row = seq.first_q + first_row;

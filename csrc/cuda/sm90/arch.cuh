@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../kernels/backward.cuh"
+#include "../kernels/finish_dq.cuh"
 #include "../kernels/forward.cuh"
 #include "../sm80/arch.cuh"
 #include "backward.cuh"
@@ -20,7 +21,7 @@ struct Mma : Sm80 {
 template <class T, int D>
 constexpr bool kCoversForward = sizeof(T) == 2 && ForwardTuning<D>::kCovered;
 template <class T, int D>
-constexpr bool kCoversBackward = sizeof(T) == 2 && BackwardTuning<D>::kCovered;
+constexpr bool kCoversBackward = sizeof(T) == 2 && BackwardTuning<D, false>::kCovered;
 template <class T, int D>
 constexpr bool kCoversWideBackward = sizeof(T) == 2 && (D == 192 || D == 256);
 
@@ -38,6 +39,10 @@ struct Backward<Sm90, Problem<T, D, false>>
     : std::conditional_t<sm90::kCoversBackward<T, D>, sm90::Backward<T, D, false>,
                          std::conditional_t<sm90::kCoversWideBackward<T, D>, sm90::WideBackward<T, D, false>,
                                             Backward<sm90::Mma, Problem<T, D, false>>>> {};
+
+// Hopper's own backward needs none.
+template <class P>
+struct FinishDq<Sm90, P> : FinishDq<sm90::Mma, P> {};
 
 // Softcap, ALiBi and dropout in Hopper's own loops. What they do not know besides (rows of any alignment, s_dmask) is
 // left to the modified instances of Sm90.

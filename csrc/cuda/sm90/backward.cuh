@@ -2,7 +2,7 @@
 // two in turn add dQ to device memory, waiting until they may where the order is fixed, and two warpgroups of 64 keys
 // each compute. They work on transposed scores, S^T = K Q^T: P^T and dS^T are then left factors in registers, and
 // only dS^T goes through shared memory, for dQ = dS K. Thread blocks are persistent: the next block's keys and queries
-// arrive while the last one's gradients are written.
+// arrive while the last one's gradients are written, and with these some of the dQ of heads that are done.
 #pragma once
 
 #include "../attention/dropout.cuh"
@@ -16,11 +16,11 @@ namespace sm90 {
 
 // SCORED: with softcap, ALiBi and dropout.
 template <class T_, int D, bool SCORED>
-struct Backward : BackwardBlock<BackwardTuning<D>::kBlockM, 128> {
+struct Backward : BackwardBlock<T_, D, BackwardTuning<D, SCORED>::kBlockM, 128, BackwardTuning<D, SCORED>::kWarpsQ, 2> {
   using T = T_;
-  using Tuning = BackwardTuning<D>;
-  using Block = BackwardBlock<Tuning::kBlockM, 128>;
-  using typename Block::A, typename Block::Launched, typename Block::Step;
+  using Block = BackwardBlock<T, D, BackwardTuning<D, SCORED>::kBlockM, 128, BackwardTuning<D, SCORED>::kWarpsQ, 2>;
+  using typename Block::A, typename Block::Launched, typename Block::QueryGradient, typename Block::Step;
+  using Writer = typename Block::Sums::Writer;
   using Block::group, Block::kComputing, Block::kM, Block::kN, Block::launched, Block::mask, Block::p, Block::seq,
       Block::shared, Block::steps, Block::take, Block::walk, Block::work;
   static constexpr int kD = D, kStages = 2;  // a step's stage is its number modulo 2
@@ -29,9 +29,9 @@ struct Backward : BackwardBlock<BackwardTuning<D>::kBlockM, 128> {
   using Scores = sm80::Accumulator<float, kN, kM, kWarps, kWarps>;  // [keys, queries]
   using Factor = sm80::Operand<T, kN, kM, kWarps>;
   using KeyGradient = sm80::Accumulator<float, kN, D, kWarps, kWarps>;
-  using QueryGradient = sm80::Accumulator<float, kM, D, Tuning::kWarpsQ, kWarps>;
-  // Of dQ, that a warpgroup multiplies: whole panels, and so at d=96 some columns of zeros.
-  static constexpr int kDqCols = (QueryGradient::kWarpCols + 63) / 64 * 64, kDqRegs = kDqCols / 2;
+  // Of dQ, that a warpgroup multiplies: half a panel, or whole ones, and so at d=96 some columns of zeros.
+  static constexpr int kDqCols = QueryGradient::kWarpCols == 32 ? 32 : (QueryGradient::kWarpCols + 63) / 64 * 64;
+  static constexpr int kDqRegs = kDqCols / 2;
   using IntRows = sm80::Rows<int, kN, kWarps>;
 
   static constexpr int kPanels = (D + 63) / 64, kKPanel = kN * 128, kQPanel = kM * 128;
@@ -42,14 +42,15 @@ struct Backward : BackwardBlock<BackwardTuning<D>::kBlockM, 128> {
 
   struct Barriers {
     Announcements next;
+    typename Block::Sums::Completions complete;
     Barrier keys_full, keys_free, full[kStages], free[kStages], ds_full, dq_full[2], dq_free[2];
   };
-  static constexpr int kBarrierBytes = 128;
+  static constexpr int kBarrierBytes = 384;
   static_assert(sizeof(Barriers) <= kBarrierBytes);
   static constexpr int kSharedBytes = kBarriersAt + kBarrierBytes;
 
-  static void launch(const void* params, int64_t blocks, int shared_bytes, void* stream) {
-    Block::template launch_persistent<Backward>(params, blocks, shared_bytes, stream);
+  static void launch(const void* params, int64_t, int shared_bytes, void* stream) {
+    Block::template launch_persistent<Backward>(params, shared_bytes, stream);
   }
   static const void* device() { return reinterpret_cast<const void*>(&run_blocks<Backward>); }
 
@@ -70,7 +71,8 @@ struct Backward : BackwardBlock<BackwardTuning<D>::kBlockM, 128> {
 
   FA_DEVICE void run() {
     if (threadIdx.x == 0) {
-      barriers.next.init(kComputing + 2);
+      barriers.next.init(kComputing + 3);
+      barriers.complete.init(kComputing);
       barriers.keys_full.init(1);
       barriers.keys_free.init(kWarps);
       for (int stage = 0; stage < kStages; ++stage) {
@@ -90,6 +92,7 @@ struct Backward : BackwardBlock<BackwardTuning<D>::kBlockM, 128> {
       const int warp = (int(threadIdx.x) - kComputing) / 32;
       if (warp == 0) load();
       if ((warp == 1 || warp == 2) && first_lane()) add_up(warp - 1);
+      if (warp == 3 && first_lane()) Block::await_sums(barriers.next, barriers.complete);
     } else {
       take_registers<Block::kComputingRegisters>();
       compute();
@@ -151,24 +154,26 @@ struct Backward : BackwardBlock<BackwardTuning<D>::kBlockM, 128> {
     uint32_t i = 0;
     for (uint32_t n = 0;; ++n) {
       const uint32_t block = barriers.next.told(n);
-      if (block == Announcements::kNone) break;
+      if (block == Announcements::kNone) return;
+      if (!Block::has_keys(block)) continue;
       take(block);
+      Block::await_room();
       add_up(buffer, i);
+      wait_written<false>();
+      Block::tell_added();
     }
-    wait_written<false>();
   }
   FA_DEVICE void add_up(int buffer, uint32_t& i) {
     Step step(work.kv_head * group);
     for (int left = steps(); left > 0; --left, ++i, step.next(walk.steps)) {
       if (i % 2 != uint32_t(buffer)) continue;
       const int query = walk.query(step.index);
-      const int64_t at = Block::sum_of(step.head, query);
-      int32_t* const turn = p.dq_turn + at;
+      int32_t* const turn = p.dq_turn + Block::turn_of(step.head, query);
       int32_t before = 0;
       if (p.deterministic) before = Block::await_turn(turn, query);
       barriers.dq_full[buffer].wait(i / 2 % 2);
       if (!p.deterministic) before = Block::take_turn(turn);
-      float* const sum = static_cast<float*>(p.dq_accum) + at * (kM * D);
+      float* const sum = Block::sum_of(step.head, query);
       if (before == 0) {
         store(sum, k_address() + kDqAt + buffer * kDqBytes, kDqBytes);
       } else {
@@ -185,58 +190,76 @@ struct Backward : BackwardBlock<BackwardTuning<D>::kBlockM, 128> {
 
   FA_DEVICE void compute() {
     uint32_t i = 0, loads = 0;
+    Writer writer(barriers.complete, p);
     for (uint32_t n = 0;; ++n) {
       // The same in all lanes, and the shuffle tells the compiler.
       const uint32_t block = __shfl_sync(0xffffffffu, barriers.next.told(n), 0);
       if (block == Announcements::kNone) return;
-      take(block);
-      Block::template clear_spare_keys<T>();
-      if (work.key_begin < seq.stored_k) compute(i, loads);
+      bool has_keys = Block::has_keys(block);
+      if (has_keys) {
+        take(block);
+        Block::clear_spare_keys();
+        has_keys = work.key_begin < seq.stored_k;
+      }
+      KeyGradient dk, dv;
+      dk.fill(0);
+      dv.fill(0);
+      typename Writer::Rows rows, more;
+      const auto fetch = [&] {
+        if (Block::writes(block)) writer.fetch(rows);
+      };
+      if (has_keys && steps() > 0) {
+        walk_queries(i, loads, dk, dv, fetch);
+      } else {
+        fetch();
+      }
+      if (has_keys) write(dv, p.dv, 1.0f, i);
+      if (rows.any) {
+        writer.fetch(more, 1);
+        writer.write(rows, scratch(i));
+      }
+      if (has_keys) write(dk, p.dk, float(p.softmax_scale), i);
+      writer.write_all(more, scratch(i));
+      if (Block::writes(block)) writer.end();
     }
   }
 
-  FA_DEVICE void compute(uint32_t& i, uint32_t& loads) {
-    KeyGradient dk, dv;
-    dk.fill(0);
-    dv.fill(0);
-    if (steps() > 0) {
-      const bool foreign = Block::has_foreign_rows();
-      barriers.keys_full.wait(loads++ % 2);
-      if (foreign && seq.len_k - work.key_begin < kN) clear_rows<kPanels>(shared, kKPanel, seq.len_k - work.key_begin);
-      Step step(work.kv_head * group);
-      for (int left = steps(); left > 0; --left, ++i, step.next(walk.steps)) {
-        const int query = walk.query(step.index), stage = int(i % 2);
-        barriers.full[stage].wait(i / 2 % 2);
-        if (foreign && seq.len_q - query < kM) {
-          char* const q = shared + kQAt + stage * 2 * kQBytes;
-          clear_rows<kPanels>(q, kQPanel, seq.len_q - query);
-          clear_rows<kPanels>(q + kQBytes, kQPanel, seq.len_q - query);
-        }
-        const bool first = left == steps();
-        if (mask.all_visible(query, query + kM, work.key_begin, work.key_begin + kN)) {
-          visit<false>(step.head, query, i, first, dk, dv);
-        } else {
-          visit<true>(step.head, query, i, first, dk, dv);
-        }
+  // under_last() is called before the last multiply.
+  template <class F>
+  FA_DEVICE void walk_queries(uint32_t& i, uint32_t& loads, KeyGradient& dk, KeyGradient& dv, F&& under_last) {
+    const bool foreign = Block::has_foreign_rows();
+    barriers.keys_full.wait(loads++ % 2);
+    if (foreign && seq.len_k - work.key_begin < kN) clear_rows<kPanels>(shared, kKPanel, seq.len_k - work.key_begin);
+    Step step(work.kv_head * group);
+    for (int left = steps(); left > 0; --left, ++i, step.next(walk.steps)) {
+      const int query = walk.query(step.index), stage = int(i % 2);
+      barriers.full[stage].wait(i / 2 % 2);
+      if (foreign && seq.len_q - query < kM) {
+        char* const q = shared + kQAt + stage * 2 * kQBytes;
+        clear_rows<kPanels>(q, kQPanel, seq.len_q - query);
+        clear_rows<kPanels>(q + kQBytes, kQPanel, seq.len_q - query);
       }
-      barriers.ds_full.wait((i - 1) % 2);
-      float dq[kDqRegs];
-      multiply_queries(dq, ds_address((i - 1) % 2));
-      wgmma_wait<0>();
-      hold(dq);
-      if (first_lane()) barriers.keys_free.arrive();
-      pass_on(dq, i - 1);
+      const bool first = left == steps();
+      if (mask.all_visible(query, query + kM, work.key_begin, work.key_begin + kN)) {
+        visit<false>(step.head, query, i, first, dk, dv);
+      } else {
+        visit<true>(step.head, query, i, first, dk, dv);
+      }
     }
-    write(dv, p.dv, 1.0f, i);
-    write(dk, p.dk, float(p.softmax_scale), i);
+    under_last();
+    barriers.ds_full.wait((i - 1) % 2);
+    float dq[kDqRegs];
+    multiply_queries(dq, ds_address((i - 1) % 2));
+    wgmma_wait<0>();
+    hold(dq);
+    if (first_lane()) barriers.keys_free.arrive();
+    pass_on(dq, i - 1);
   }
 
   template <bool MASKED>
   FA_DEVICE void visit(int head, int query, uint32_t i, bool first, KeyGradient& dk, KeyGradient& dv) {
     const int stage = int(i % 2);
     Scores scores, gradient;
-    hold(scores.value);
-    hold(gradient.value);
     wgmma_fence();
     multiply_transposed(scores, k_address(), q_address(stage));
     multiply_transposed(gradient, v_address(), do_address(stage));
@@ -331,9 +354,8 @@ struct Backward : BackwardBlock<BackwardTuning<D>::kBlockM, 128> {
   // dQ = dS K: the warpgroups share out the rows, or where there are only 64, the columns.
   FA_DEVICE void multiply_queries(float (&dq)[kDqRegs], uint32_t ds) {
     const uint64_t a = descriptor(ds + (kM == 64 ? 0 : warpgroup() * kN * 128), 0);
-    const uint32_t columns = kM == 64 ? warpgroup() * kDqCols / 64 * kKPanel : 0;
+    const uint32_t columns = kM == 64 ? warpgroup() * (kDqCols == 32 ? 64 : kDqCols / 64 * kKPanel) : 0;
     const uint64_t b = descriptor(k_address() + columns, kKPanel);
-    hold(dq);
     wgmma_fence();
     FA_UNROLL
     for (int step = 0; step < kN / 16; ++step) {
@@ -343,13 +365,16 @@ struct Backward : BackwardBlock<BackwardTuning<D>::kBlockM, 128> {
     wgmma_commit();
   }
 
+  // A warp's rows of the next step's dS: nobody reads them any more, and only the warp will write them.
+  FA_DEVICE char* scratch(uint32_t i) const {
+    return shared + kDsAt + i % 2 * kDsBytes + int(threadIdx.x) / 32 * 16 * 128;
+  }
   FA_DEVICE void write(KeyGradient& gradient, const TensorRef& dst, float scale, uint32_t i) {
     KeyGradient::for_each([&](int, int, int, int reg) { gradient[reg] *= scale; });
     const int row = int(threadIdx.x) / 32 * 16;
     constexpr int kCols = 32;
     static_assert(kTurnBytes<kCols> <= 16 * 128);
-    // A warp's rows of the next step's dS: nobody reads them any more, and only the warp will write them.
-    char* const scratch = shared + kDsAt + i % 2 * kDsBytes + row * 128;
+    char* const scratch = this->scratch(i);
     T* const to = head_rows<T>(dst, work.batch, work.kv_head, seq.first_k + work.key_begin + row);
     FA_UNROLL
     for (int col = 0; col < D; col += kCols) {

@@ -5,45 +5,21 @@
 #include "../attention/schedule.cuh"
 #include "../sm80/arch.cuh"
 #include "launch.cuh"
+#include "messages.cuh"
 #include "rows.cuh"
+#include "sums.cuh"
 #include "tma.cuh"
 #include "wgmma.cuh"
 
 namespace flash_attn {
 namespace sm90 {
 
-// The blocks that a thread block does, from the warp that loads to everyone else.
-struct Announcements {
-  static constexpr uint32_t kNone = 0xffffffffu;
-  Barrier full[2], free[2];
-  uint32_t block[2];
-
-  FA_DEVICE void init(int readers) {  // threads
-    for (int buffer = 0; buffer < 2; ++buffer) {
-      full[buffer].init(1);
-      free[buffer].init(readers);
-    }
-  }
-  // The n-th is `next`, or kNone.
-  FA_DEVICE void tell(uint32_t n, uint32_t next) {
-    free[n % 2].wait(n / 2 % 2 ^ 1);
-    __syncwarp();  // once it is told, a lane that is late would wait for the phase after
-    if (!first_lane()) return;
-    block[n % 2] = next;
-    full[n % 2].arrive();
-  }
-  FA_DEVICE uint32_t told(uint32_t n) {
-    full[n % 2].wait(n / 2 % 2);
-    const uint32_t next = *const_cast<volatile uint32_t*>(&block[n % 2]);
-    free[n % 2].arrive();
-    return next;
-  }
-};
-
-// A block of BLOCK_N keys at hand, and its walk over blocks of BLOCK_M queries.
-template <int BLOCK_M, int BLOCK_N>
+// A block of BLOCK_N keys at hand, and its walk over blocks of BLOCK_M queries. Of eight warps WARPS_Q lie along the
+// queries of dQ. ADDERS threads know when a block's additions to dQ have landed, each of its own.
+template <class T_, int D, int BLOCK_M, int BLOCK_N, int WARPS_Q, int ADDERS>
 struct BackwardBlock {
   using Params = BackwardParams;
+  using T = T_;
   using Scalar = float;
   static constexpr int kM = BLOCK_M, kN = BLOCK_N, kBlockM = kM, kBlockN = kN, kStashBytes = 0;
   static constexpr int kComputing = 256, kThreads = 384;  // two warpgroups of three compute
@@ -51,6 +27,9 @@ struct BackwardBlock {
   static constexpr int kComputingRegisters = 232, kLoadingRegisters = 40;
   static_assert(2 * kComputingRegisters + kLoadingRegisters <= 3 * 168);
   using A = Sm80::Block<kComputing / 32>;
+  using Sums = QuerySums<T, D, kM, WARPS_Q>;
+  using QueryGradient = typename Sums::QueryGradient;
+  static_assert(Sums::kThreads == kComputing);
 
   struct Launched {
     BackwardParams p;
@@ -71,11 +50,14 @@ struct BackwardBlock {
   static FA_HOST_DEVICE int64_t blocks(const Params& p) {
     return int64_t(ceil_div(p.seqlen_k, kN)) * p.heads_kv * p.batch;
   }
+  static FA_HOST_DEVICE int64_t numbers(const Params& p) { return blocks(p) + (p.dq_lag > 0 ? p.dq_lag : 0); }
   // Of the kernel K, made of this.
   template <class K>
-  static void launch_persistent(const void* params, int64_t blocks, int shared_bytes, void* stream) {
-    launch_blocks<K>(Launched(*static_cast<const Params*>(params)), std::min<int64_t>(blocks, multiprocessors()), 1,
-                     shared_bytes, stream);
+  static void launch_persistent(const void* params, int shared_bytes, void* stream) {
+    const Params& p = *static_cast<const Params*>(params);
+    launch_blocks<K>(Launched(p), std::min<int64_t>(numbers(p), multiprocessors()), 1, shared_bytes, stream);
+    using Finish = typename Sums::Kernel;
+    if (p.dq_lag < 0) launch_blocks<Finish>(p, Finish::blocks(p), 1, Finish::kSharedBytes, stream);
   }
 
   const Launched& launched;
@@ -94,7 +76,7 @@ struct BackwardBlock {
         p(launched.p),
         group(p.heads_q / p.heads_kv),
         shared(shared),
-        work(p, blockIdx.x),
+        work(p, 0),
         seq(p, work.batch),
         mask(p, seq),
         walk(mask, work.key_begin) {}
@@ -109,7 +91,6 @@ struct BackwardBlock {
   // Whether rows behind a sequence's last may be another's, or hold anything: 0 * NaN is NaN.
   FA_DEVICE bool has_foreign_rows() const { return p.cu_seqlens_q != nullptr || p.seqused_k != nullptr; }
 
-  template <class T>
   FA_DEVICE void clear_spare_keys() const {
     clear_spare_rows<A>(p, p.cu_seqlens_k, p.total_k, work.batch, work.key_begin / kN, ceil_div(p.seqlen_k, kN),
                         [&](int64_t row, int col) {
@@ -126,19 +107,21 @@ struct BackwardBlock {
       prefetch(launched.q);
       prefetch(launched.dout);
     }
-    // Blocks are begun in their order, however few thread blocks there is room for at a time: in the fixed order each
-    // may wait for those before it.
-    const uint32_t blocks = uint32_t(BackwardBlock::blocks(p));
+    // Blocks are begun in their order, however many thread blocks there is room for at a time: each may wait for
+    // those before it.
     uint32_t i = 0, loads = 0;
     for (uint32_t n = 0;; ++n) {
       const uint32_t block = take_block(p.blocks_taken);
-      next.tell(n, block < blocks ? block : Announcements::kNone);
-      if (block >= blocks) return;
+      const bool any = block < uint32_t(numbers(p));
+      next.tell(n, any ? block : Announcements::kNone);
+      if (!any) return;
+      if (!has_keys(block)) continue;
       take(block);
       if (steps() > 0) load_keys(loads++);
       load_queries(i);
     }
   }
+  FA_DEVICE bool has_keys(uint32_t block) const { return block < uint32_t(blocks(p)); }
 
   // The position in a block's walk: heads of the group in turn, each over its visible query blocks. Steps are counted
   // on through all blocks: a step's number says which stage, which buffers and which phase of their barriers it uses.
@@ -157,9 +140,57 @@ struct BackwardBlock {
   // addition stores, so that nobody need clear the memory. In any order that is whoever comes first, and kStored in the
   // count says that the store has landed.
   static constexpr int32_t kStored = 1 << 30;
-  FA_DEVICE int64_t sum_of(int head, int query) const {
-    return head * query_blocks(p, kM) + first_query_block(p, work.batch, seq.first_q, kM) + query / kM;
+  FA_DEVICE int turn_of(int head, int query) const { return Sums::index(p, seq, work.batch, head, query); }
+  // KV heads take the room that there is for sums in turn; then all sequences are of one length.
+  FA_DEVICE float* sum_of(int head, int query) const {
+    int at = turn_of(head, query);
+    if (p.dq_heads < p.batch * p.heads_kv) {
+      at = (flat_head() % p.dq_heads * group + head % group) * ceil_div(p.seqlen_q, kM) + query / kM;
+    }
+    return static_cast<float*>(p.dq_accum) + int64_t(at) * (kM * D);
   }
+  FA_DEVICE int flat_head() const { return work.batch * p.heads_kv + work.kv_head; }
+  FA_DEVICE int32_t* blocks_added() const { return p.dq_progress + flat_head(); }
+  FA_DEVICE int32_t* shares_written() const { return blocks_added() + p.batch * p.heads_kv; }
+  FA_DEVICE int key_blocks() const { return ceil_div(p.seqlen_k, kN); }
+
+  // Before a block's first addition: waits until what was in its head's room is in dq.
+  FA_DEVICE void await_room() const {
+    if (flat_head() < p.dq_heads) return;
+    while (sm80::load_acquire(shares_written() - p.dq_heads) < key_blocks()) {
+    }
+    fence_async_proxy_global();
+  }
+  // After a block's last addition has landed.
+  FA_DEVICE void tell_added() const { sm80::add_release(blocks_added(), 1); }
+
+  // For one thread: finds sums that are complete for those who write dQ. A block writes the share of the block p.dq_lag
+  // before it in what the blocks of its KV head have added to: they have all been begun, and most likely are done.
+  // Numbers from the launch's blocks on stand for the shares that are left.
+  FA_DEVICE void await_sums(Announcements& next, typename Sums::Completions& complete) {
+    uint32_t i = 0;
+    for (uint32_t n = 0;; ++n) {
+      const uint32_t block = next.told(n);
+      if (block == Announcements::kNone) return;
+      if (!writes(block)) continue;
+      take(block - uint32_t(p.dq_lag));
+      bool done = false;
+      const int query_blocks = ceil_div(p.seqlen_q, kM);
+      for (int at = work.key_begin / kN; at < group * query_blocks; at += key_blocks()) {
+        while (!done) done = sm80::load_acquire(blocks_added()) == ADDERS * key_blocks();
+        const int head = work.kv_head * group + at / query_blocks, query = at % query_blocks * kM;
+        complete.await_free(i);
+        complete.send(i++, {Sums::any(mask, query) ? sum_of(head, query) : nullptr,
+                            head_rows<T>(p.dq, work.batch, head, query), seq.len_q - query});
+      }
+      complete.await_free(i);
+      complete.send(i++, {});
+      complete.await_free(i + 3);  // the end was read, and so was everything before it
+      sm80::add_release(shares_written(), 1);
+    }
+  }
+  FA_DEVICE bool writes(uint32_t block) const { return block >= uint32_t(p.dq_lag); }
+
   // In the fixed order: waits until those before have added. Returns how many.
   FA_DEVICE int32_t await_turn(const int32_t* turn, int query) const {
     const int32_t before = walk.blocks_before(mask, work.key_begin, query);

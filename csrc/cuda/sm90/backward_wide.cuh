@@ -15,15 +15,18 @@ namespace sm90 {
 
 // SCORED: with softcap, ALiBi and dropout.
 template <class T_, int D, bool SCORED>
-struct WideBackward : BackwardBlock<64, 64> {
+struct WideBackward : BackwardBlock<T_, D, 64, 64, 4, 1> {
   using T = T_;
-  using Block = BackwardBlock<64, 64>;
+  using Block = BackwardBlock<T, D, 64, 64, 4, 1>;
+  using typename Block::Launched, typename Block::Step;
+  using Writer = typename Block::Sums::Writer;
+  using Block::group, Block::kComputing, Block::kM, Block::kN, Block::launched, Block::mask, Block::p, Block::seq,
+      Block::shared, Block::steps, Block::take, Block::walk, Block::work;
   static constexpr int kD = D, kStages = 2;
 
   using Scores = sm80::Accumulator<float, kN, kM, 4, 4>;  // [keys, queries], of a warpgroup
   using Factor = sm80::Operand<T, kN, kM, 4>;
   using KeyGradient = sm80::Accumulator<float, kN, D, 4, 4>;
-  using QueryGradient = sm80::Accumulator<float, kM, D, 4, 8>;
   using IntRows = sm80::Rows<int, kN, 4>;
 
   static constexpr int kPanels = D / 64, kPanel = 64 * 128, kBytes = kPanels * kPanel;  // of K, V, Q and dO alike
@@ -34,6 +37,7 @@ struct WideBackward : BackwardBlock<64, 64> {
 
   struct Barriers {
     Announcements next;
+    typename Block::Sums::Completions complete;
     Barrier keys_full, keys_free, q_full[kStages], q_free[kStages], do_full[kStages], do_free[kStages];
     Barrier p_full[4], p_free[4];  // of a warp that computes P, and of the one that needs it
     Barrier ds_full[2], may_add[2], added[2], passed_on[2];
@@ -42,12 +46,12 @@ struct WideBackward : BackwardBlock<64, 64> {
       bool stores;  // rather than adds
     } target[2];    // of a step's dQ
   };
-  static constexpr int kBarrierBytes = 384;
+  static constexpr int kBarrierBytes = 512;
   static_assert(sizeof(Barriers) <= kBarrierBytes);
   static constexpr int kSharedBytes = kBarriersAt + kBarrierBytes;
 
-  static void launch(const void* params, int64_t blocks, int shared_bytes, void* stream) {
-    launch_persistent<WideBackward>(params, blocks, shared_bytes, stream);
+  static void launch(const void* params, int64_t, int shared_bytes, void* stream) {
+    Block::template launch_persistent<WideBackward>(params, shared_bytes, stream);
   }
   static const void* device() { return reinterpret_cast<const void*>(&run_blocks<WideBackward>); }
 
@@ -69,7 +73,8 @@ struct WideBackward : BackwardBlock<64, 64> {
 
   FA_DEVICE void run() {
     if (threadIdx.x == 0) {
-      barriers.next.init(kComputing + 2);
+      barriers.next.init(kComputing + 3);
+      barriers.complete.init(kComputing);
       barriers.keys_full.init(1);
       barriers.keys_free.init(8);
       for (int stage = 0; stage < kStages; ++stage) {
@@ -92,13 +97,14 @@ struct WideBackward : BackwardBlock<64, 64> {
     }
     __syncthreads();
     if (threadIdx.x >= kComputing) {
-      keep_registers<kLoadingRegisters>();
+      keep_registers<Block::kLoadingRegisters>();
       const int warp = (int(threadIdx.x) - kComputing) / 32;
       if (warp == 0) load();
       if (warp == 1 && first_lane()) take_turns<true>();
       if (warp == 2 && first_lane()) take_turns<false>();
+      if (warp == 3 && first_lane()) Block::await_sums(barriers.next, barriers.complete);
     } else {
-      take_registers<kComputingRegisters>();
+      take_registers<Block::kComputingRegisters>();
       if (warpgroup() == 0) {
         compute<false>();
       } else {
@@ -108,7 +114,7 @@ struct WideBackward : BackwardBlock<64, 64> {
   }
 
   FA_DEVICE void load() {
-    load_blocks(
+    Block::load_blocks(
         barriers.next, [this](uint32_t n) { load_keys(n); }, [this](uint32_t& i) { load_queries(i); });
   }
 
@@ -162,26 +168,28 @@ struct WideBackward : BackwardBlock<64, 64> {
     for (uint32_t n = 0;; ++n) {
       const uint32_t block = barriers.next.told(n);
       if (block == Announcements::kNone) return;
+      if (!Block::has_keys(block)) continue;
       take(block);
+      if (AHEAD) Block::await_room();
       Step step(work.kv_head * group);
       for (int left = steps(); left > 0; --left, ++i, step.next(walk.steps)) {
         const int query = walk.query(step.index);
-        const int64_t at = sum_of(step.head, query);
-        int32_t* const turn = p.dq_turn + at;
+        int32_t* const turn = p.dq_turn + Block::turn_of(step.head, query);
         const uint32_t phase = i / 2 % 2;
         auto& target = barriers.target[i % 2];
         if (AHEAD) {
           barriers.passed_on[i % 2].wait(phase ^ 1);
-          target.sum = static_cast<float*>(p.dq_accum) + at * (kM * D);
-          target.stores = (p.deterministic ? await_turn(turn, query) : take_turn(turn)) == 0;
+          target.sum = Block::sum_of(step.head, query);
+          target.stores = (p.deterministic ? Block::await_turn(turn, query) : Block::take_turn(turn)) == 0;
           barriers.may_add[i % 2].arrive();
         } else {
           barriers.added[i % 2].wait(phase);
-          const bool awaited = is_awaited(target.stores);
+          const bool awaited = Block::is_awaited(target.stores);
           barriers.passed_on[i % 2].arrive();
-          if (awaited) pass_turn(turn);  // cumulative: covers what the others wrote before they arrived
+          if (awaited) Block::pass_turn(turn);  // cumulative: covers what the others wrote before they arrived
         }
       }
+      if (!AHEAD) Block::tell_added();
     }
   }
 
@@ -189,23 +197,31 @@ struct WideBackward : BackwardBlock<64, 64> {
   template <bool KEYS>
   FA_DEVICE void compute() {
     uint32_t i = 0, loads = 0;
+    Writer writer(barriers.complete, p);
     for (uint32_t n = 0;; ++n) {
       const uint32_t block = __shfl_sync(0xffffffffu, barriers.next.told(n), 0);
       if (block == Announcements::kNone) return;
-      take(block);
-      clear_spare_keys<T>();
-      if (work.key_begin >= seq.stored_k) continue;
+      bool has_keys = Block::has_keys(block);
+      if (has_keys) {
+        take(block);
+        Block::clear_spare_keys();
+        has_keys = work.key_begin < seq.stored_k;
+      }
       KeyGradient sum;
       sum.fill(0);
-      if (steps() > 0) walk_queries<KEYS>(i, loads, sum);
-      write<KEYS>(sum, i);
+      if (has_keys && steps() > 0) walk_queries<KEYS>(i, loads, sum);
+      typename Writer::Rows rows;
+      if (Block::writes(block)) writer.fetch(rows);
+      if (has_keys) write<KEYS>(sum, i);
+      writer.write_all(rows, scratch<KEYS>());
+      if (Block::writes(block)) writer.end();
       sync_named(3, kComputing);  // the room for P was used
     }
   }
 
   template <bool KEYS>
   FA_DEVICE void walk_queries(uint32_t& i, uint32_t& loads, KeyGradient& sum) {
-    const bool foreign = has_foreign_rows();
+    const bool foreign = Block::has_foreign_rows();
     barriers.keys_full.wait(loads++ % 2);
     if (foreign && seq.len_k - work.key_begin < kN) clear_rows<kPanels>(shared, kPanel, seq.len_k - work.key_begin);
     Step step(work.kv_head * group);
@@ -239,24 +255,23 @@ struct WideBackward : BackwardBlock<64, 64> {
     Barrier &q_full = barriers.q_full[stage], &do_full = barriers.do_full[stage];
     Scores x;  // S^T, then P^T; or dP^T, then dS^T
     (KEYS ? do_full : q_full).wait(phase);
-    hold(x.value);
     wgmma_fence();
     multiply_panels<T, kM, D>(x.value, KEYS ? v_address() : k_address(), kPanel,
                               KEYS ? do_address(stage) : q_address(stage), kPanel);
     wgmma_wait<0>();
     hold(x.value);
     const Dropout dropout(p, work.batch, head);
-    Kept<Scores> kept;
-    if (SCORED && dropout.enabled()) find_kept(dropout, query, kept);
+    typename Block::template Kept<Scores> kept;
+    if (SCORED && dropout.enabled()) Block::find_kept(dropout, query, kept);
     const auto drop_some = [&] {
-      if (SCORED && dropout.enabled()) drop(kept, kept_scale<float>(p), x);
+      if (SCORED && dropout.enabled()) Block::drop(kept, kept_scale<float>(p), x);
     };
     const auto hide_some = [&] {
-      if (MASKED) for_each_hidden<Scores, IntRows>(query, [&](int reg) { x[reg] = 0; });
+      if (MASKED) Block::template for_each_hidden<Scores, IntRows>(query, [&](int reg) { x[reg] = 0; });
     };
     if constexpr (KEYS) {
       drop_some();
-      for_each_with(delta(stage), [&](int reg, float delta) { x[reg] -= delta; });
+      Block::for_each_with(delta(stage), [&](int reg, float delta) { x[reg] -= delta; });
       receive(x, i);
       hide_some();
     } else if constexpr (SCORED) {
@@ -265,13 +280,13 @@ struct WideBackward : BackwardBlock<64, 64> {
       Scores slope;  // dS is P's times that of the softcap
       slope.fill(1);
       modifier.apply(x, work.key_begin, query, [&](int reg, float derivative) { slope[reg] = derivative; });
-      exponentiate(negated_lse(stage), modifier.scale_log2(), x);
+      Block::exponentiate(negated_lse(stage), modifier.scale_log2(), x);
       hide_some();
       Scores::for_each([&](int, int, int, int reg) { slope[reg] *= x[reg]; });
       send(slope, i);
       drop_some();
     } else {
-      exponentiate(negated_lse(stage), float(p.softmax_scale) * float(kLog2E), x);
+      Block::exponentiate(negated_lse(stage), float(p.softmax_scale) * float(kLog2E), x);
       hide_some();
       send(x, i);
     }
@@ -279,7 +294,7 @@ struct WideBackward : BackwardBlock<64, 64> {
     Factor factor(x);
     if (KEYS) {
       barriers.added[stage].wait(phase ^ 1);  // every warp has read the dS that lay there
-      put(factor, ds_address(i), pair() * 16);
+      Block::put(factor, ds_address(i), pair() * 16);
       fence_async_proxy();
       __syncwarp();
       if (first_lane()) barriers.ds_full[stage].arrive();
@@ -333,7 +348,6 @@ struct WideBackward : BackwardBlock<64, 64> {
   template <int REGS>
   FA_DEVICE void multiply_queries(float (&dq)[REGS], uint32_t columns, uint32_t i) {
     const uint64_t a = descriptor(ds_address(i), 0), b = descriptor(columns, kPanel);
-    hold(dq);
     wgmma_fence();
     FA_UNROLL
     for (int step = 0; step < kN / 16; ++step) {
@@ -367,6 +381,11 @@ struct WideBackward : BackwardBlock<64, 64> {
     }
   }
 
+  static_assert(2 * kTurnBytes<32> <= kPBytes / 4);
+  template <bool KEYS>
+  FA_DEVICE char* scratch() const {
+    return room_of_pair() + (KEYS ? kTurnBytes<32> : 0);
+  }
   template <bool KEYS>
   FA_DEVICE void write(KeyGradient& sum, uint32_t i) {
     const TensorRef& dst = KEYS ? p.dk : p.dv;
@@ -376,9 +395,8 @@ struct WideBackward : BackwardBlock<64, 64> {
       barriers.p_free[pair()].wait(i % 2 ^ 1);  // the other has read what is in the room
     }
     constexpr int kCols = 32;
-    static_assert(2 * kTurnBytes<kCols> <= kPBytes / 4);
     const int row = pair() * 16;
-    char* const scratch = room_of_pair() + (KEYS ? kTurnBytes<kCols> : 0);
+    char* const scratch = this->template scratch<KEYS>();
     T* const to = head_rows<T>(dst, work.batch, work.kv_head, seq.first_k + work.key_begin + row);
     FA_UNROLL
     for (int col = 0; col < D; col += kCols) {

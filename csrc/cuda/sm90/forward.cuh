@@ -120,7 +120,7 @@ struct Forward {
     if (threadIdx.x == 0) {
       for (int group = 0; group < kGroups; ++group) {
         barriers.q_full[group].init(1);
-        barriers.q_free[group].init(4);
+        barriers.q_free[group].init(128);  // every lane that has read Q and the message
       }
       for (int stage = 0; stage < kStages; ++stage) {
         barriers.k_full[stage].init(1);
@@ -361,7 +361,7 @@ struct Forward {
         const Scoring scoring(p, tile);
         begin(tile, share, scoring, state);
         walk(tile, share, scoring, state);
-      } else if (first_lane()) {
+      } else {
         barriers.q_free[group].arrive();
       }
       if (tile.has_rows(group)) end(tile, share, state);
@@ -471,7 +471,7 @@ struct Forward {
   // under what remains.
   FA_DEVICE void release_factors(const Share& share, int stage, int key) {
     release_keys(barriers.k_free[stage]);
-    if (!kQueriesInRegisters && key + kN >= share.end && first_lane()) barriers.q_free[group].arrive();
+    if (!kQueriesInRegisters && key + kN >= share.end) barriers.q_free[group].arrive();
   }
 
   // The next block's scores, while the last block's values are multiplied.
@@ -534,13 +534,11 @@ struct Forward {
       sm80::ldmatrix(queries.value[0][step],
                      q_address(group) + step / 4 * kQPanel + row * 128 + (chunk ^ row % 8) * 16);
     }
-    __syncwarp();
-    if (first_lane()) barriers.q_free[group].arrive();
+    barriers.q_free[group].arrive();
   }
 
   // scores = Q K^T
   FA_DEVICE void multiply_scores(Scores& scores, const Queries& queries, int stage) {
-    hold(scores.value);
     wgmma_fence();
     if constexpr (kQueriesInRegisters) {
       multiply_panels<T, kN, D>(scores.value, queries.value[0], k_address(stage), kKPanel);

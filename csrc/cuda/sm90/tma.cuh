@@ -54,6 +54,8 @@ FA_DEVICE void arrive_in_cluster(uint32_t barrier) {
 FA_DEVICE void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 // Makes this thread's ordinary accesses to shared memory visible to the copy engine and the tensor cores.
 FA_DEVICE void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// Likewise those to device memory, and those of others that it knows of.
+FA_DEVICE void fence_async_proxy_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 FA_DEVICE void prefetch(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");

@@ -28,43 +28,25 @@ template <> struct ForwardTuning<128> : ForwardRow<128, 128, true, true> {};
 template <> struct ForwardTuning<192> : ForwardRow<128, 64, true> {};
 template <> struct ForwardTuning<256> : ForwardRow<128, 64, false> {};
 
-template <int D>
+template <int BLOCK_M>
+struct BackwardRow {
+  static constexpr bool kCovered = true;
+  static constexpr int kBlockM = BLOCK_M, kWarpsQ = BLOCK_M / 16;  // kWarpsQ: warps along the queries of dQ
+};
+template <int D, bool SCORED>
 struct BackwardTuning {
   static constexpr bool kCovered = false;
 };
-template <>
-struct BackwardTuning<64> {
-  static constexpr bool kCovered = true;
-  static constexpr int kBlockM = 128, kWarpsQ = 8;  // kWarpsQ: warps along the queries of dQ
-};
-template <>
-struct BackwardTuning<96> {
-  static constexpr bool kCovered = true;
-  static constexpr int kBlockM = 64, kWarpsQ = 4;
-};
-template <>
-struct BackwardTuning<128> : BackwardTuning<96> {};
+template <> struct BackwardTuning<64, false> : BackwardRow<128> {};
+template <> struct BackwardTuning<64, true> : BackwardRow<64> {};  // 128 would spill
+template <bool SCORED> struct BackwardTuning<96, SCORED> : BackwardRow<64> {};
+template <bool SCORED> struct BackwardTuning<128, SCORED> : BackwardRow<64> {};
 
-// sm80's main loops on Hopper: its tuning, but for the 16-bit forward's key block and fragments of dQ, as above.
-struct Sm80Row {
-  static constexpr bool kDiffers = false;
-};
-template <class Row>
-struct OwnRow : Row {
-  static constexpr bool kDiffers = true;
-};
-template <Kernel KERNEL, int D>
-struct Row16 : Sm80Row {};
-template <> struct Row16<Kernel::kForward, 96> : OwnRow<sm80::ForwardTuning<128, 128, 8, 1>> {};
-template <> struct Row16<Kernel::kForward, 128> : OwnRow<sm80::ForwardTuning<128, 128, 8, 1>> {};
-template <> struct Row16<Kernel::kBackward, 64> : OwnRow<sm80::BackwardTuning<128, 128, 8, 4, 4, 8, 2>> {};
-template <> struct Row16<Kernel::kBackward, 128> : OwnRow<sm80::BackwardTuning<64, 128, 8, 2, 4, 4, 2>> {};
-template <> struct Row16<Kernel::kBackward, 192> : OwnRow<sm80::BackwardTuning<64, 64, 8, 4, 2, 4, 2>> {};
-template <> struct Row16<Kernel::kBackward, 256> : OwnRow<sm80::BackwardTuning<64, 64, 8, 4, 2, 4, 1>> {};
-
+// sm80's main loops on Hopper: its tuning, but for the 16-bit forward's key block.
 template <Kernel KERNEL, class T, int D, bool MODIFIED>
-struct Tuning : std::conditional_t<sizeof(T) == 2 && Row16<KERNEL, D>::kDiffers, Row16<KERNEL, D>,
-                                   sm80::Tuning<KERNEL, T, D, MODIFIED>> {};
+struct Tuning
+    : std::conditional_t<KERNEL == Kernel::kForward && sizeof(T) == 2 && (D == 96 || D == 128),
+                         sm80::ForwardTuning<128, 128, 8, 1>, sm80::Tuning<KERNEL, T, D, MODIFIED>> {};
 
 }  // namespace sm90
 }  // namespace flash_attn

@@ -59,7 +59,7 @@ FA_DEVICE void multiply_registers(float (&c)[N / 2], uint32_t (&a)[K / 16][4], u
   wgmma_fence();
   FA_UNROLL
   for (int step = 0; step < K / 16; ++step) {
-    Wgmma<N>::template registers<T, true>(c, a[step], advance(right, step * 16 * 128), 1);
+    Wgmma<N>::template registers<T, true>(c, a[step], advance(right, step * 16 * 128), true);
   }
   wgmma_commit();
 }

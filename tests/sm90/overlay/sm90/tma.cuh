@@ -61,6 +61,7 @@ static_assert(sizeof(Barrier) == 8);
 
 FA_DEVICE void fence_barrier_init() {}
 FA_DEVICE void fence_async_proxy() {}
+FA_DEVICE void fence_async_proxy_global() {}
 FA_DEVICE void prefetch(const CUtensorMap&) {}
 
 FA_DEVICE void load_box(uint32_t dst, const CUtensorMap& map, Barrier& barrier, int column, int row, int head,
