@@ -315,7 +315,8 @@ void forward(ForwardParams p, void* workspace, const Queue& queue) {
 // ---- backward ------------------------------------------------------------------------------------------------------
 
 // A persistent kernel writes dq itself. Where heads are alike and many, at the ends of blocks, of heads all of whose
-// blocks have been begun: then there need be room for the sums of a few groups of heads alone. Else afterwards.
+// blocks have been begun: then there need be room for the sums of a few groups of heads alone. Else afterwards; so too
+// where there is more to write than to do, one block of keys or two a head.
 void plan_dq(BackwardParams& p, const KernelInfo& kernel, const Queue& queue) {
   const int64_t heads = int64_t(p.batch) * p.heads_kv, blocks = std::max(1, ceil_div(p.seqlen_k, kernel.block_n));
   const int64_t group = std::min<int64_t>(heads, p.head_group) * blocks;
@@ -325,7 +326,7 @@ void plan_dq(BackwardParams& p, const KernelInfo& kernel, const Queue& queue) {
   const int64_t meanwhile = blocks_differ(p) ? 2 * at_once : at_once;
   const int64_t late = p.deterministic && blocks_differ(p) ? meanwhile : std::min(group, at_once / 4);
   const bool alike = p.cu_seqlens_q == nullptr && p.seqused_k == nullptr;
-  if (alike && heads * blocks > 2 * (group + late)) {
+  if (alike && blocks > 2 && heads * blocks > 3 * (std::max(group, at_once) + late)) {
     p.dq_lag = int(group + late);
     // A block must not need the room of sums that it, or a later one, is to write.
     const int64_t least = (group + p.dq_lag + group - 1) / group * p.head_group;
