@@ -1,5 +1,7 @@
 """Dropout: which probabilities it drops, that it repeats under a seed, and that the backward drops the same."""
 
+import itertools
+
 import pytest
 import torch
 from helpers import (
@@ -15,6 +17,7 @@ from helpers import (
 )
 
 from flash_attn import flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func
+from flash_attn._ops import Options, Tensors, forward
 from flash_attn.reference import attention_reference
 
 
@@ -44,6 +47,39 @@ def test_asking_for_s_dmask_changes_no_bits(device, dtype, dim):
     out, _, _ = flash_attn_func(q, k, v, dropout_p=0.3, causal=True, return_attn_probs=True)
     torch.manual_seed(2)
     assert torch.equal(flash_attn_func(q, k, v, dropout_p=0.3, causal=True), out)
+
+
+def philox(counter: list[int], key: list[int]) -> list[int]:
+    """Philox-4x32-7 (Salmon et al., SC 2011)."""
+    for _ in range(7):
+        left, right = 0xD2511F53 * counter[0], 0xCD9E8D57 * counter[2]
+        counter = [
+            right >> 32 ^ counter[1] ^ key[0],
+            right & 0xFFFFFFFF,
+            left >> 32 ^ counter[3] ^ key[1],
+            left & 0xFFFFFFFF,
+        ]
+        key = [key[0] + 0x9E3779B9 & 0xFFFFFFFF, key[1] + 0xBB67AE85 & 0xFFFFFFFF]
+    return counter
+
+
+def test_bits_are_philox(device):
+    """As docs/numerics.md says; the generator itself as Random123's known answers do."""
+    assert philox([0] * 4, [0] * 2) == [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]
+    assert philox([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2) == [0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662]
+    seed, offset, p, heads = 0x123456789ABCDEF, 0x76543210FEDCBA98, 0.3, 2
+    q, k, v = random_qkv(device, torch.float32, seqlen_q=40, seqlen_k=50, heads_q=heads, dim=32)
+    state = torch.tensor([seed, offset], device=device)
+    options = Options(40, 50, 1.0, dropout_p=p, return_s_dmask=True)
+    _, _, s_dmask = forward(q, k, v, Tensors(rng_state=state), options)
+    dropped = torch.signbit(s_dmask).tolist()
+    key = [(seed ^ offset >> 32) & 0xFFFFFFFF, seed >> 32]
+    for sequence, row, column in itertools.product(range(q.shape[0] * heads), range(40), range(50)):
+        place = [row // 16 * 8 + row % 8, column // 16 * 4 + column % 8 // 2, sequence, offset & 0xFFFFFFFF]
+        pair = philox(place, key)[row % 16 // 8 * 2 + column % 16 // 8]
+        bits = pair >> 16 * (column % 2) & 0xFFFF
+        found = dropped[sequence // heads][sequence % heads][row][column]
+        assert found == (bits >= round((1 - p) * 65536)), (sequence, row, column)
 
 
 def test_packed(device):

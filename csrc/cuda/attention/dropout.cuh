@@ -1,8 +1,8 @@
 // Dropout regenerated, not stored: a keep bit is a function of (seed, offset, batch, head, query, key) alone.
 //
-// Philox-4x32-10 (Salmon et al., SC 2011) gives 128 bits for a patch of eight elements, 16 bits each. The patch is
-// shaped after the matrix instructions' accumulators: rows {r, r + 8}, columns {c, c + 1, c + 8, c + 9} of a 16 x 16
-// square.
+// Philox-4x32-7 (Salmon et al., SC 2011: the fewest rounds that pass BigCrush) gives 128 bits for a patch of eight
+// elements, 16 bits each. The patch is shaped after the matrix instructions' accumulators: rows {r, r + 8}, columns
+// {c, c + 1, c + 8, c + 9} of a 16 x 16 square.
 #pragma once
 
 #include "../../core/params.h"
@@ -71,7 +71,7 @@ class Dropout {
     uint32_t c0 = (row / 16) * 8 + row % 8, c1 = (col / 16) * 4 + (col % 8) / 2, c2 = sequence, c3 = offset_;
     uint32_t k0 = key[0], k1 = key[1];
     FA_UNROLL
-    for (int round = 0; round < 10; ++round) {
+    for (int round = 0; round < 7; ++round) {
       const uint32_t h0 = multiply_high(0xD2511F53u, c0), l0 = 0xD2511F53u * c0;
       const uint32_t h1 = multiply_high(0xCD9E8D57u, c2), l1 = 0xCD9E8D57u * c2;
       c0 = h1 ^ c1 ^ k0;

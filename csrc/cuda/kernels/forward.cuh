@@ -242,8 +242,9 @@ struct Forward {
       A::sync();
       Scores scores;
       score(scores, key);
+      const Scalar scale_log2 = modifier.scale_log2();
       Scores::for_each([&](int slot, int, int, int reg) {
-        scores[reg] = exp2_fast(fma_rn(lse[slot], Scalar(-kLog2E), scores[reg] * modifier.scale_log2()));
+        scores[reg] = exp2_fast(fma_rn(lse[slot], Scalar(-kLog2E), scores[reg] * scale_log2));
       });
       if (dropout.enabled()) {
         dropout.template for_each<Scores>(work.query_begin, key, [&](int reg, bool keep) {
