@@ -12,33 +12,53 @@ struct Combine {
   using Params = ForwardParams;
   using T = typename P::Element;
   using Scalar = AccumOf<T>;
-  static constexpr int kRows = 4, kWarps = 4;
+  static constexpr int kWarps = 4;
   using A = typename Arch::template Block<kWarps>;
   static constexpr int kThreads = A::kThreads, kMinBlocks = 1, kSharedBytes = 0, kStashBytes = 0;
-  static constexpr int kBlockM = kRows, kBlockN = 1;
+  static constexpr int kBlockM = 1, kBlockN = 1;
 
-  static int64_t blocks(const Params& p) { return int64_t(ceil_div(p.seqlen_q, kRows)) * p.heads_q * p.batch; }
+  // A thread has one element, where a row is no longer than a block.
+  static FA_HOST_DEVICE int rows_at_once(const Params& p) { return max_int(1, kThreads / p.head_dim); }
+  static int64_t blocks(const Params& p) {
+    return int64_t(ceil_div(p.seqlen_q, rows_at_once(p))) * p.heads_q * p.batch;
+  }
 
   static FA_DEVICE void run(const Params& p, int64_t block, char*) {
-    const int row_blocks = ceil_div(p.seqlen_q, kRows);
-    const int first_row = int(block % row_blocks) * kRows;
-    const int head = int(block / row_blocks % p.heads_q);
-    const int batch = int(block / row_blocks / p.heads_q);
+    const HeadItem at(uint32_t(block), ceil_div(p.seqlen_q, rows_at_once(p)), p.heads_q, p.batch, 1);
+    const int first_row = at.item * rows_at_once(p), head = at.head, batch = at.batch;
     const Sequence seq(p, batch);
-    const int rows = min_int(kRows, seq.len_q - first_row);
+    const int rows = min_int(rows_at_once(p), seq.len_q - first_row);
     for (int e = A::lane(); e < rows * p.head_dim; e += kThreads) {
       fold_element(p, seq, batch, head, first_row + e / p.head_dim, e % p.head_dim);
     }
   }
 
   static FA_DEVICE void fold_element(const Params& p, const Sequence& seq, int batch, int head, int row, int col) {
+    constexpr int kAtOnce = 8;  // loads under way: a decoding step has few rows, and time only for latency
+    const int64_t first = (int64_t(batch) * p.heads_q + head) * p.seqlen_q + row;
+    const int64_t rows_of_split = int64_t(p.batch) * p.heads_q * p.seqlen_q;
+    const auto* const maxima = static_cast<const Scalar*>(p.partial_max);
+    const auto* const sums = static_cast<const Scalar*>(p.partial_sum);
+    const auto* const outs = static_cast<const Scalar*>(p.partial_out);
     Scalar max = -infinity<Scalar>(), sum = 0, out = 0;
-    for (int split = 0; split < p.num_splits; ++split) {
-      const int64_t at = ((int64_t(split) * p.batch + batch) * p.heads_q + head) * p.seqlen_q + row;
-      Scalar keep, add;
-      fold_weights(max, sum, static_cast<const Scalar*>(p.partial_max)[at],
-                   static_cast<const Scalar*>(p.partial_sum)[at], keep, add);
-      out = fma_rn(static_cast<const Scalar*>(p.partial_out)[at * p.head_dim + col], add, out * keep);
+    for (int split = 0; split < p.num_splits; split += kAtOnce) {
+      Scalar chunk_max[kAtOnce], chunk_sum[kAtOnce], chunk_out[kAtOnce];
+      FA_UNROLL
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int64_t at = first + min_int(split + i, p.num_splits - 1) * rows_of_split;
+        chunk_max[i] = maxima[at];
+        chunk_sum[i] = sums[at];
+        chunk_out[i] = outs[at * p.head_dim + col];
+      }
+      FA_UNROLL
+      for (int i = 0; i < kAtOnce; ++i) {  // without branches, behind which the compiler would put the loads
+        const bool any = split + i < p.num_splits;
+        Scalar folded_max = max, folded_sum = sum, keep, add;
+        fold_weights(folded_max, folded_sum, chunk_max[i], chunk_sum[i], keep, add);
+        max = any ? folded_max : max;
+        sum = any ? folded_sum : sum;
+        out = any ? fma_rn(chunk_out[i], add, out * keep) : out;
+      }
     }
     const RowResult<Scalar> result(max, sum, sink_of<Scalar>(p, head, row));
     head_rows<T>(p.out, batch, head, seq.first_q)[row * p.out.row_stride + col] =

@@ -20,10 +20,8 @@ struct FinishDq {
   static int64_t blocks(const Params& p) { return int64_t(ceil_div(p.seqlen_q, kBlockM)) * p.heads_q * p.batch; }
 
   static FA_DEVICE void run(const Params& p, int64_t block, char* shared) {
-    const int row_blocks = ceil_div(p.seqlen_q, kBlockM);
-    const int row_block = int(block % row_blocks);
-    const int head = int(block / row_blocks % p.heads_q);
-    const int batch = int(block / row_blocks / p.heads_q);
+    const HeadItem at(uint32_t(block), ceil_div(p.seqlen_q, kBlockM), p.heads_q, p.batch, 1);
+    const int row_block = at.item, head = at.head, batch = at.batch;
     const Sequence seq(p, batch);
     const int rows = seq.len_q - row_block * kBlockM;
     if (rows <= 0) return;
