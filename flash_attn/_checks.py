@@ -118,6 +118,8 @@ def packed_qkv(x: Any, name: str, slots: int, packed: bool) -> None:
 
 def integer(name: str, x: Any, wanted: str, fix: str) -> int:
     """x as an int: numpy's are taken, bools are not."""
+    if type(x) is int:  # in every call: the rest asks abstract classes
+        return x
     if isinstance(x, bool) or not isinstance(x, (int, torch.SymInt, Integral)):
         fail_type(name, wanted, x, fix)
     # Where torch.compile traces with dynamic shapes, an int is a torch.SymInt, and must stay one.
@@ -126,10 +128,11 @@ def integer(name: str, x: Any, wanted: str, fix: str) -> int:
 
 def number(name: str, x: Any) -> float:
     """x as a finite float."""
-    if isinstance(x, bool) or not isinstance(x, (int, float, torch.SymInt, torch.SymFloat, Real, Tensor)):
-        fail_type(name, "a number", x, "pass a float")
-    if isinstance(x, Tensor) and x.numel() != 1:
-        fail(name, "must be a number", f"a tensor of shape {list(x.shape)}", "pass a float")
+    if type(x) is not float:
+        if isinstance(x, bool) or not isinstance(x, (int, float, torch.SymInt, torch.SymFloat, Real, Tensor)):
+            fail_type(name, "a number", x, "pass a float")
+        if isinstance(x, Tensor) and x.numel() != 1:
+            fail(name, "must be a number", f"a tensor of shape {list(x.shape)}", "pass a float")
     value = float(x)
     if not -math.inf < value < math.inf:  # false for NaN too; math.isfinite cannot be traced
         fail(name, "must be finite", value, "check how it is computed")

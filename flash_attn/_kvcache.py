@@ -64,7 +64,7 @@ def flash_attn_with_kvcache(
         capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
         new = 0 if k is None else k.shape[1]
         before = _lengths(cache_seqlens, q, capacity - new)
-        after = None if before is None else before + new
+        after = before if before is None or new == 0 else before + new
         if block_table is not None:
             block_table = prepare.check_block_table(block_table, k_cache, q.shape[0], after, 0)
         if rotary_cos is not None or rotary_sin is not None:

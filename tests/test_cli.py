@@ -38,14 +38,14 @@ def few_checks(monkeypatch):
 
 def corrupt_forward(monkeypatch, spoil):
     """From now on the forward operator's output goes through spoil(out)."""
-    forward = torch.ops.flash_attn.forward
+    forward = torch.ops.flash_attn.forward.default
 
     def corrupted(*arguments):
         out, lse, s_dmask = forward(*arguments)
         spoil(out)
         return out, lse, s_dmask
 
-    monkeypatch.setattr(torch.ops.flash_attn, "forward", corrupted)
+    monkeypatch.setattr(torch.ops.flash_attn.forward, "default", corrupted)
 
 
 # ---- info ------------------------------------------------------------------------------------------------------------
@@ -137,14 +137,14 @@ def test_verify_sees_bits_that_depend_on_the_batch(few_checks, monkeypatch, caps
 
 
 def test_verify_sees_a_wrong_gradient(few_checks, monkeypatch, capsys):
-    backward = torch.ops.flash_attn.backward
+    backward = torch.ops.flash_attn.backward.default
 
     def corrupted(*arguments):
         delta = backward(*arguments)
         arguments[7].mul_(1.1)  # dq
         return delta
 
-    monkeypatch.setattr(torch.ops.flash_attn, "backward", corrupted)
+    monkeypatch.setattr(torch.ops.flash_attn.backward, "default", corrupted)
     assert main(["verify", "--quick", "--device", "cpu"]) == 1
     assert "error of dq is" in capsys.readouterr().out
 

@@ -201,13 +201,13 @@ def test_backward_repeats_under_load(device, dtype, dim):
 def test_every_switch_reaches_the_backward(monkeypatch, how):
     """The operator is told so, whichever switch is used; without one it is not."""
     seen = []
-    backward = torch.ops.flash_attn.backward
+    backward = torch.ops.flash_attn.backward.default
 
     def spy(*arguments):
         seen.append(arguments[-2])
         return backward(*arguments)
 
-    monkeypatch.setattr(torch.ops.flash_attn, "backward", spy)
+    monkeypatch.setattr(torch.ops.flash_attn.backward, "default", spy)
     q, k, v = random_qkv("cpu", torch.float32, grad=True)
     flash_attn_func(q, k, v).sum().backward()
     if how == "mode":
