@@ -21,8 +21,8 @@ struct Backward : BackwardBlock<T_, D, BackwardTuning<D, SCORED>::kBlockM, 128, 
   using Block = BackwardBlock<T, D, BackwardTuning<D, SCORED>::kBlockM, 128, BackwardTuning<D, SCORED>::kWarpsQ, 2>;
   using typename Block::A, typename Block::Launched, typename Block::QueryGradient, typename Block::Step;
   using Writer = typename Block::Sums::Writer;
-  using Block::group, Block::kComputing, Block::kM, Block::kN, Block::launched, Block::mask, Block::p, Block::seq,
-      Block::shared, Block::steps, Block::take, Block::walk, Block::work;
+  using Block::group, Block::kComputing, Block::kM, Block::kN, Block::launched, Block::mask, Block::p, Block::part,
+      Block::seq, Block::shared, Block::steps, Block::take, Block::walk, Block::work;
   static constexpr int kD = D, kStages = 2;  // a step's stage is its number modulo 2
   static constexpr int kWarps = kComputing / 32;
 
@@ -228,22 +228,24 @@ struct Backward : BackwardBlock<T_, D, BackwardTuning<D, SCORED>::kBlockM, 128, 
   template <class F>
   FA_DEVICE void walk_queries(uint32_t& i, uint32_t& loads, KeyGradient& dk, KeyGradient& dv, F&& under_last) {
     const bool foreign = Block::has_foreign_rows();
+    const typename Block::PlainQueries plain(mask, work.key_begin, foreign);
+    const float scale_log2 = float(p.softmax_scale) * float(kLog2E);
     barriers.keys_full.wait(loads++ % 2);
     if (foreign && seq.len_k - work.key_begin < kN) clear_rows<kPanels>(shared, kKPanel, seq.len_k - work.key_begin);
     Step step(work.kv_head * group);
     for (int left = steps(); left > 0; --left, ++i, step.next(walk.steps)) {
       const int query = walk.query(step.index), stage = int(i % 2);
       barriers.full[stage].wait(i / 2 % 2);
-      if (foreign && seq.len_q - query < kM) {
-        char* const q = shared + kQAt + stage * 2 * kQBytes;
-        clear_rows<kPanels>(q, kQPanel, seq.len_q - query);
-        clear_rows<kPanels>(q + kQBytes, kQPanel, seq.len_q - query);
-      }
       const bool first = left == steps();
-      if (mask.all_visible(query, query + kM, work.key_begin, work.key_begin + kN)) {
-        visit<false>(step.head, query, i, first, dk, dv);
+      if (plain.holds(query)) {
+        visit<false>(step.head, query, i, first, scale_log2, dk, dv);
       } else {
-        visit<true>(step.head, query, i, first, dk, dv);
+        if (foreign && seq.len_q - query < kM) {
+          char* const q = shared + kQAt + stage * 2 * kQBytes;
+          clear_rows<kPanels>(q, kQPanel, seq.len_q - query);
+          clear_rows<kPanels>(q + kQBytes, kQPanel, seq.len_q - query);
+        }
+        visit<true>(step.head, query, i, first, scale_log2, dk, dv);
       }
     }
     under_last();
@@ -257,7 +259,8 @@ struct Backward : BackwardBlock<T_, D, BackwardTuning<D, SCORED>::kBlockM, 128, 
   }
 
   template <bool MASKED>
-  FA_DEVICE void visit(int head, int query, uint32_t i, bool first, KeyGradient& dk, KeyGradient& dv) {
+  FA_DEVICE void visit(int head, int query, uint32_t i, bool first, float scale_log2, KeyGradient& dk,
+                       KeyGradient& dv) {
     const int stage = int(i % 2);
     Scores scores, gradient;
     wgmma_fence();
@@ -271,7 +274,7 @@ struct Backward : BackwardBlock<T_, D, BackwardTuning<D, SCORED>::kBlockM, 128, 
     } else {
       wgmma_wait<1>();
       hold(scores.value);
-      Block::exponentiate(negated_lse(stage), float(p.softmax_scale) * float(kLog2E), scores);
+      Block::exponentiate(negated_lse(stage), scale_log2, scores);
       wgmma_wait<0>();
       hold(gradient.value);
       Block::for_each_with(delta(stage), [&](int reg, float delta) {
@@ -308,7 +311,7 @@ struct Backward : BackwardBlock<T_, D, BackwardTuning<D, SCORED>::kBlockM, 128, 
     // ALiBi's distance is the same seen from the key.
     const ScoreModifier<T, SCORED> modifier(p, work.batch, head, -mask.shift);
     const Dropout dropout(p, work.batch, head);
-    const float kept = dropout.enabled() ? 1.0f / (1.0f - float(p.dropout_p)) : 1.0f;
+    const float kept = kept_scale<float>(p);
     typename Block::template Kept<Scores> keep;
     if (dropout.enabled()) {
       Block::find_kept(dropout, query, keep);
@@ -330,7 +333,7 @@ struct Backward : BackwardBlock<T_, D, BackwardTuning<D, SCORED>::kBlockM, 128, 
       int to = reg * kComputing + int(threadIdx.x) * 4;
       if constexpr (kDqCols != QueryGradient::kWarpCols) {  // the registers that QueryGradient has the columns in
         constexpr int kTiles = QueryGradient::kTilesN;
-        const int tile = warpgroup() * kDqCols / 8 + reg / 4;
+        const int tile = part * kDqCols / 8 + reg / 4;
         if (tile >= 2 * kTiles) break;
         to = tile % kTiles * 4 * kComputing + (tile / kTiles * 128 + int(threadIdx.x) % 128) * 4;
       }
@@ -343,7 +346,7 @@ struct Backward : BackwardBlock<T_, D, BackwardTuning<D, SCORED>::kBlockM, 128, 
 
   // c = rows x queries^T, for this warpgroup's 64 of the 128 rows.
   FA_DEVICE void multiply_transposed(Scores& c, uint32_t rows, uint32_t queries) {
-    multiply_panels<T, kM, D>(c.value, rows + warpgroup() * 64 * 128, kKPanel, queries, kQPanel);
+    multiply_panels<T, kM, D>(c.value, rows + part * 64 * 128, kKPanel, queries, kQPanel);
   }
 
   // c += a x queries
@@ -353,8 +356,8 @@ struct Backward : BackwardBlock<T_, D, BackwardTuning<D, SCORED>::kBlockM, 128, 
 
   // dQ = dS K: the warpgroups share out the rows, or where there are only 64, the columns.
   FA_DEVICE void multiply_queries(float (&dq)[kDqRegs], uint32_t ds) {
-    const uint64_t a = descriptor(ds + (kM == 64 ? 0 : warpgroup() * kN * 128), 0);
-    const uint32_t columns = kM == 64 ? warpgroup() * (kDqCols == 32 ? 64 : kDqCols / 64 * kKPanel) : 0;
+    const uint64_t a = descriptor(ds + (kM == 64 ? 0 : part * kN * 128), 0);
+    const uint32_t columns = kM == 64 ? part * (kDqCols == 32 ? 64 : kDqCols / 64 * kKPanel) : 0;
     const uint64_t b = descriptor(k_address() + columns, kKPanel);
     wgmma_fence();
     FA_UNROLL

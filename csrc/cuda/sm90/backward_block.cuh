@@ -63,6 +63,7 @@ struct BackwardBlock {
   const Launched& launched;
   const BackwardParams& p;
   const int group;  // query heads per KV head
+  const int part;   // this thread's warpgroup, of the two that compute
   char* const shared;
 
   // The block at hand, once take() has been called.
@@ -75,6 +76,7 @@ struct BackwardBlock {
       : launched(launched),
         p(launched.p),
         group(p.heads_q / p.heads_kv),
+        part(warpgroup()),
         shared(shared),
         work(p, 0),
         seq(p, work.batch),
@@ -90,6 +92,21 @@ struct BackwardBlock {
 
   // Whether rows behind a sequence's last may be another's, or hold anything: 0 * NaN is NaN.
   FA_DEVICE bool has_foreign_rows() const { return p.cu_seqlens_q != nullptr || p.seqused_k != nullptr; }
+
+  // Queries [begin, end) for which there is nothing to hide: they see all of the block's keys, and rows of another are
+  // not among them. Worked out once, for nothing is multiplied while a step asks.
+  struct PlainQueries {
+    int begin, end;
+
+    FA_DEVICE PlainQueries(const Mask& mask, int key_begin, bool foreign_rows) {
+      const bool all_exist = key_begin + kN <= mask.len_k;
+      const int bounded = foreign_rows ? mask.len_q : kUnbounded;
+      begin = mask.right < 0 ? 0 : key_begin + kN - mask.shift - mask.right - 1;
+      end = !all_exist ? 0 : mask.left < 0 ? bounded : min_int(bounded, key_begin - mask.shift + mask.left + 1);
+    }
+    FA_DEVICE bool holds(int query) const { return query >= begin && query + kM <= end; }
+    static constexpr int kUnbounded = 0x7fffffff;
+  };
 
   FA_DEVICE void clear_spare_keys() const {
     clear_spare_rows<A>(p, p.cu_seqlens_k, p.total_k, work.batch, work.key_begin / kN, ceil_div(p.seqlen_k, kN),

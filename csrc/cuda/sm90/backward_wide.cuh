@@ -20,8 +20,8 @@ struct WideBackward : BackwardBlock<T_, D, 64, 64, 4, 1> {
   using Block = BackwardBlock<T, D, 64, 64, 4, 1>;
   using typename Block::Launched, typename Block::Step;
   using Writer = typename Block::Sums::Writer;
-  using Block::group, Block::kComputing, Block::kM, Block::kN, Block::launched, Block::mask, Block::p, Block::seq,
-      Block::shared, Block::steps, Block::take, Block::walk, Block::work;
+  using Block::group, Block::kComputing, Block::kM, Block::kN, Block::launched, Block::mask, Block::p, Block::part,
+      Block::seq, Block::shared, Block::steps, Block::take, Block::walk, Block::work;
   static constexpr int kD = D, kStages = 2;
 
   using Scores = sm80::Accumulator<float, kN, kM, 4, 4>;  // [keys, queries], of a warpgroup
@@ -105,7 +105,7 @@ struct WideBackward : BackwardBlock<T_, D, 64, 64, 4, 1> {
       if (warp == 3 && first_lane()) Block::await_sums(barriers.next, barriers.complete);
     } else {
       take_registers<Block::kComputingRegisters>();
-      if (warpgroup() == 0) {
+      if (part == 0) {
         compute<false>();
       } else {
         compute<true>();
@@ -222,6 +222,8 @@ struct WideBackward : BackwardBlock<T_, D, 64, 64, 4, 1> {
   template <bool KEYS>
   FA_DEVICE void walk_queries(uint32_t& i, uint32_t& loads, KeyGradient& sum) {
     const bool foreign = Block::has_foreign_rows();
+    const typename Block::PlainQueries plain(mask, work.key_begin, foreign);
+    const float scale_log2 = float(p.softmax_scale) * float(kLog2E);
     barriers.keys_full.wait(loads++ % 2);
     if (foreign && seq.len_k - work.key_begin < kN) clear_rows<kPanels>(shared, kPanel, seq.len_k - work.key_begin);
     Step step(work.kv_head * group);
@@ -229,10 +231,10 @@ struct WideBackward : BackwardBlock<T_, D, 64, 64, 4, 1> {
       const int query = walk.query(step.index), known = foreign ? seq.len_q - query : kM;
       const bool first = left == steps();
       // Scores of rows that are not the sequence's own may be anything, and are hidden.
-      if (known >= kM && mask.all_visible(query, query + kM, work.key_begin, work.key_begin + kN)) {
-        visit<KEYS, false>(step.head, query, known, i, first, sum);
+      if (plain.holds(query)) {
+        visit<KEYS, false>(step.head, query, known, i, first, scale_log2, sum);
       } else {
-        visit<KEYS, true>(step.head, query, known, i, first, sum);
+        visit<KEYS, true>(step.head, query, known, i, first, scale_log2, sum);
       }
     }
     float dq[kColsFirst / 2], more_dq[kColsMore / 2];
@@ -249,7 +251,7 @@ struct WideBackward : BackwardBlock<T_, D, 64, 64, 4, 1> {
 
   // `known`: rows of queries that are the sequence's own.
   template <bool KEYS, bool MASKED>
-  FA_DEVICE void visit(int head, int query, int known, uint32_t i, bool first, KeyGradient& sum) {
+  FA_DEVICE void visit(int head, int query, int known, uint32_t i, bool first, float scale_log2, KeyGradient& sum) {
     const int stage = int(i % 2);
     const uint32_t phase = i / 2 % 2;
     Barrier &q_full = barriers.q_full[stage], &do_full = barriers.do_full[stage];
@@ -286,7 +288,7 @@ struct WideBackward : BackwardBlock<T_, D, 64, 64, 4, 1> {
       send(slope, i);
       drop_some();
     } else {
-      Block::exponentiate(negated_lse(stage), float(p.softmax_scale) * float(kLog2E), x);
+      Block::exponentiate(negated_lse(stage), scale_log2, x);
       hide_some();
       send(x, i);
     }
@@ -300,7 +302,7 @@ struct WideBackward : BackwardBlock<T_, D, 64, 64, 4, 1> {
       if (first_lane()) barriers.ds_full[stage].arrive();
     }
     (KEYS ? q_full : do_full).wait(phase);
-    if (known < kM) clear_rows<kPanels>(shared + (KEYS ? kQAt : kDoAt) + stage * kBytes, kPanel, known);
+    if (MASKED && known < kM) clear_rows<kPanels>(shared + (KEYS ? kQAt : kDoAt) + stage * kBytes, kPanel, known);
     if (!first) barriers.ds_full[(i - 1) % 2].wait((i - 1) / 2 % 2);
     float dq[kColsFirst / 2], more_dq[kColsMore / 2];
     multiply_queries(dq, first_columns(), i - 1);  // of whatever is there in a block's first step
@@ -341,9 +343,9 @@ struct WideBackward : BackwardBlock<T_, D, 64, 64, 4, 1> {
 
   // A warpgroup's half of dQ's columns, in two parts: a panel of K, then another, or at d=192 half of the middle one.
   static constexpr int kColsFirst = 64, kColsMore = D / 2 - kColsFirst;
-  FA_DEVICE uint32_t first_columns() const { return k_address() + warpgroup() * 2 * kPanel; }
+  FA_DEVICE uint32_t first_columns() const { return k_address() + part * 2 * kPanel; }
   FA_DEVICE uint32_t more_columns() const {
-    return kColsMore == 64 ? first_columns() + kPanel : k_address() + kPanel + warpgroup() * 64;
+    return kColsMore == 64 ? first_columns() + kPanel : k_address() + kPanel + part * 64;
   }
   template <int REGS>
   FA_DEVICE void multiply_queries(float (&dq)[REGS], uint32_t columns, uint32_t i) {
@@ -360,10 +362,10 @@ struct WideBackward : BackwardBlock<T_, D, 64, 64, 4, 1> {
   // To device memory, in the order of QueryGradient's registers: their columns ascend.
   FA_DEVICE void add_first(const float (&dq)[kColsFirst / 2], uint32_t i) {
     barriers.may_add[i % 2].wait(i / 2 % 2);
-    add(dq, kColsMore == 32 && warpgroup() == 1 ? kColsMore / 2 : 0, i);
+    add(dq, kColsMore == 32 && part == 1 ? kColsMore / 2 : 0, i);
   }
   FA_DEVICE void add_more(const float (&dq)[kColsMore / 2], uint32_t i) {
-    add(dq, kColsMore == 32 && warpgroup() == 1 ? 0 : kColsFirst / 2, i);
+    add(dq, kColsMore == 32 && part == 1 ? 0 : kColsFirst / 2, i);
     barriers.added[i % 2].arrive();
   }
   template <int REGS>

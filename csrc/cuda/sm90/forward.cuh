@@ -383,15 +383,23 @@ struct Forward {
 
   // All blocks of keys but the first.
   FA_DEVICE void walk(const Tile& tile, const Share& share, const Scoring& scoring, State& state) {
-    int chunk_end = share.has_chunks(p) ? (share.begin / p.split_size + 1) * p.split_size : share.end;
-    for (int key = share.begin + kN; key < share.end; key += kN) {
+    const int end = share.end, all_begin = share.all_begin, all_end = share.all_end;
+    int chunk_end = share.has_chunks(p) ? (share.begin / p.split_size + 1) * p.split_size : end;
+    for (int key = share.begin + kN; key < end;) {
       if (key == chunk_end) {
         step<true, true>(tile, share, scoring, key, state);
         chunk_end += p.split_size;
-      } else if (!share.all_see(key)) {
+        key += kN;
+      } else if (key < all_begin || key + kN > all_end) {
         step<true, false>(tile, share, scoring, key, state);
+        key += kN;
       } else {
-        step<false, false>(tile, share, scoring, key, state);
+        // A loop of its own, which asks for as little as can be: nothing is multiplied meanwhile.
+        const int stop = min_int(min_int(chunk_end, end), all_end - kN + 1);
+        do {
+          step<false, false>(tile, share, scoring, key, state);
+          key += kN;
+        } while (key < stop);
       }
     }
   }
