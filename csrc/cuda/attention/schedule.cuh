@@ -102,9 +102,12 @@ FA_DEVICE void for_each_hidden(const Mask& mask, int query, int key, F&& f) {
 }
 
 // One block of a launch in which `items` blocks belong to each of heads * batch heads: which item of which head. Heads
-// are taken in groups; within a group, item 0 of every head comes first.
+// are taken one after the other, or in groups; within a group, item 0 of every head comes first.
 struct HeadItem {
   int item, head, batch;
+
+  FA_DEVICE HeadItem(uint32_t block, uint32_t items, uint32_t heads)
+      : item(int(block % items)), head(int(block / items % heads)), batch(int(block / items / heads)) {}
 
   FA_DEVICE HeadItem(uint32_t block, uint32_t items, uint32_t heads, uint32_t batches, uint32_t head_group) {
     const uint32_t group = block / (items * head_group);  // 32-bit divisions: a launch has fewer than 2^31 blocks
@@ -207,6 +210,14 @@ FA_HOST_DEVICE int64_t first_query_block(const AttentionParams& p, int batch, in
 FA_HOST_DEVICE int64_t query_blocks(const AttentionParams& p, int block_m) {
   if (p.cu_seqlens_q == nullptr) return int64_t(p.batch) * ceil_div(p.seqlen_q, block_m);
   return (int64_t(p.total_q) + int64_t(p.batch) * block_m) / block_m;
+}
+
+// The place there of the block that query `query` of a sequence begins, among those of all heads.
+template <class Index>
+FA_DEVICE Index place_of_queries(const AttentionParams& p, int batch, int head, int64_t first_q, int query,
+                                 int block_m) {
+  return head * Index(query_blocks(p, block_m)) + Index(first_query_block(p, batch, first_q, block_m)) +
+         query / block_m;
 }
 
 }  // namespace flash_attn

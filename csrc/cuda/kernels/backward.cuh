@@ -179,15 +179,14 @@ struct Backward {
     ds_tile.put(gradient);
     A::sync();
     const Params& p = reread(this->p);
-    const int64_t block = step.head * query_blocks(p, kM) + first_query_block(p, work.batch, seq.first_q, kM) +
-                          step.query / kM;
+    const int64_t block = place_of_queries<int64_t>(p, work.batch, step.head, seq.first_q, step.query, kM);
     const int turn = p.deterministic ? A::peek_turn(p.dq_turn + block) : 0;
     A::multiply_tn(dv, p_tile, dout);
     QueryGradient dq;
     dq.fill(Scalar(0));
     A::multiply_nn(dq, ds_tile, k_tile);
     if (p.deterministic) A::wait_turn(p.dq_turn + block, Walk::blocks_before(mask, work.key_begin, step.query), turn);
-    A::accumulate(dq, static_cast<Scalar*>(p.dq_accum) + int64_t(block) * (kM * kD));
+    A::accumulate(dq, static_cast<Scalar*>(p.dq_accum) + block * (kM * kD));
     A::multiply_tn(dk, ds_tile, q);
     if (p.deterministic) A::pass_turn(p.dq_turn + block);  // by now the additions have landed: nobody waits for them
   }

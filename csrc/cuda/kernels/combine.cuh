@@ -24,7 +24,7 @@ struct Combine {
   }
 
   static FA_DEVICE void run(const Params& p, int64_t block, char*) {
-    const HeadItem at(uint32_t(block), ceil_div(p.seqlen_q, rows_at_once(p)), p.heads_q, p.batch, 1);
+    const HeadItem at(uint32_t(block), ceil_div(p.seqlen_q, rows_at_once(p)), p.heads_q);
     const int first_row = at.item * rows_at_once(p), head = at.head, batch = at.batch;
     const Sequence seq(p, batch);
     const int rows = min_int(rows_at_once(p), seq.len_q - first_row);

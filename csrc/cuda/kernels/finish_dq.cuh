@@ -20,21 +20,20 @@ struct FinishDq {
   static int64_t blocks(const Params& p) { return int64_t(ceil_div(p.seqlen_q, kBlockM)) * p.heads_q * p.batch; }
 
   static FA_DEVICE void run(const Params& p, int64_t block, char* shared) {
-    const HeadItem at(uint32_t(block), ceil_div(p.seqlen_q, kBlockM), p.heads_q, p.batch, 1);
-    const int row_block = at.item, head = at.head, batch = at.batch;
+    const HeadItem at(uint32_t(block), ceil_div(p.seqlen_q, kBlockM), p.heads_q);
+    const int first_row = at.item * kBlockM, head = at.head, batch = at.batch;
     const Sequence seq(p, batch);
-    const int rows = seq.len_q - row_block * kBlockM;
+    const int rows = seq.len_q - first_row;
     if (rows <= 0) return;
 
-    const int64_t slot =
-        head * query_blocks(p, kBlockM) + first_query_block(p, batch, seq.first_q, kBlockM) + row_block;
+    const int64_t slot = place_of_queries<int64_t>(p, batch, head, seq.first_q, first_row, kBlockM);
     QueryGradient dq;
     A::restore(dq, static_cast<const Scalar*>(p.dq_accum) + slot * (kBlockM * Main::kD));
     QueryGradient::for_each([&](int, int, int, int reg) { dq[reg] *= Scalar(p.softmax_scale); });
     Tile tile(shared);
     tile.put(dq);
     A::sync();
-    tile.write(head_rows<T>(p.dq, batch, head, seq.first_q + row_block * kBlockM), p.dq.row_stride, rows, p.head_dim,
+    tile.write(head_rows<T>(p.dq, batch, head, seq.first_q + first_row), p.dq.row_stride, rows, p.head_dim,
                p.aligned);
   }
 };

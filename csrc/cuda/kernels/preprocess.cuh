@@ -21,7 +21,7 @@ struct Preprocess {
 
   static FA_DEVICE void run(const Params& p, int64_t block, char*) {
     const int row_blocks = ceil_div(p.seqlen_q, kRows);
-    const HeadItem at(uint32_t(block), row_blocks, p.heads_q, p.batch, 1);
+    const HeadItem at(uint32_t(block), row_blocks, p.heads_q);
     const int first_row = at.item * kRows, head = at.head, batch = at.batch;
     const Sequence seq(p, batch);
     clear_spare_rows<A>(p, p.cu_seqlens_q, p.total_q, batch, first_row / kRows, row_blocks,

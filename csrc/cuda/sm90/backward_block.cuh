@@ -96,17 +96,18 @@ struct BackwardBlock {
   // Queries [begin, end) for which there is nothing to hide: they see all of the block's keys, and rows of another are
   // not among them. Worked out once, for nothing is multiplied while a step asks.
   struct PlainQueries {
+    static constexpr int kUnbounded = 0x7fffffff;
     int begin, end;
 
-    FA_DEVICE PlainQueries(const Mask& mask, int key_begin, bool foreign_rows) {
-      const bool all_exist = key_begin + kN <= mask.len_k;
-      const int bounded = foreign_rows ? mask.len_q : kUnbounded;
-      begin = mask.right < 0 ? 0 : key_begin + kN - mask.shift - mask.right - 1;
-      end = !all_exist ? 0 : mask.left < 0 ? bounded : min_int(bounded, key_begin - mask.shift + mask.left + 1);
+    FA_DEVICE PlainQueries(const Mask& mask, int key_begin, bool foreign_rows)
+        : begin(mask.queries_begin(key_begin + kN - 1)), end(mask.queries_end(key_begin + 1)) {
+      if (end == mask.len_q && !foreign_rows) end = kUnbounded;  // spare rows of the last step are zeros
+      if (key_begin + kN > mask.len_k) end = 0;
     }
     FA_DEVICE bool holds(int query) const { return query >= begin && query + kM <= end; }
-    static constexpr int kUnbounded = 0x7fffffff;
   };
+  // Of plain scores, as the exponent's fma takes it.
+  FA_DEVICE float scale_log2() const { return float(p.softmax_scale) * float(kLog2E); }
 
   FA_DEVICE void clear_spare_keys() const {
     clear_spare_rows<A>(p, p.cu_seqlens_k, p.total_k, work.batch, work.key_begin / kN, ceil_div(p.seqlen_k, kN),

@@ -223,7 +223,7 @@ struct WideBackward : BackwardBlock<T_, D, 64, 64, 4, 1> {
   FA_DEVICE void walk_queries(uint32_t& i, uint32_t& loads, KeyGradient& sum) {
     const bool foreign = Block::has_foreign_rows();
     const typename Block::PlainQueries plain(mask, work.key_begin, foreign);
-    const float scale_log2 = float(p.softmax_scale) * float(kLog2E);
+    const float scale_log2 = Block::scale_log2();
     barriers.keys_full.wait(loads++ % 2);
     if (foreign && seq.len_k - work.key_begin < kN) clear_rows<kPanels>(shared, kPanel, seq.len_k - work.key_begin);
     Step step(work.kv_head * group);

@@ -383,19 +383,19 @@ struct Forward {
 
   // All blocks of keys but the first.
   FA_DEVICE void walk(const Tile& tile, const Share& share, const Scoring& scoring, State& state) {
-    const int end = share.end, all_begin = share.all_begin, all_end = share.all_end;
-    int chunk_end = share.has_chunks(p) ? (share.begin / p.split_size + 1) * p.split_size : end;
-    for (int key = share.begin + kN; key < end;) {
+    const Share own = share;  // in registers, where messages are read again after every barrier
+    int chunk_end = share.has_chunks(p) ? (share.begin / p.split_size + 1) * p.split_size : own.end;
+    for (int key = share.begin + kN; key < own.end;) {
       if (key == chunk_end) {
         step<true, true>(tile, share, scoring, key, state);
         chunk_end += p.split_size;
         key += kN;
-      } else if (key < all_begin || key + kN > all_end) {
+      } else if (!own.all_see(key)) {
         step<true, false>(tile, share, scoring, key, state);
         key += kN;
       } else {
         // A loop of its own, which asks for as little as can be: nothing is multiplied meanwhile.
-        const int stop = min_int(min_int(chunk_end, end), all_end - kN + 1);
+        const int stop = min_int(min_int(chunk_end, own.end), own.all_end - kN + 1);
         do {
           step<false, false>(tile, share, scoring, key, state);
           key += kN;

@@ -20,7 +20,7 @@ struct QuerySums {
 
   // The sum of a block of queries among those of all heads.
   static FA_DEVICE int index(const BackwardParams& p, const Sequence& seq, int batch, int head, int query) {
-    return head * int(query_blocks(p, kM)) + int(first_query_block(p, batch, seq.first_q, kM)) + query / kM;
+    return place_of_queries<int>(p, batch, head, seq.first_q, query, kM);
   }
   // Whether anything was added to it.
   static FA_DEVICE bool any(const Mask& mask, int query) {
@@ -114,8 +114,8 @@ struct QuerySums {
 
     FA_DEVICE Kernel(const BackwardParams& p, char* shared) : p(p), shared(shared) {}
     FA_DEVICE void run() {
-      const int query_blocks = ceil_div(p.seqlen_q, kM), query = int(blockIdx.x) % query_blocks * kM;
-      const int head = int(blockIdx.x) / query_blocks % p.heads_q, batch = int(blockIdx.x) / query_blocks / p.heads_q;
+      const HeadItem at(blockIdx.x, ceil_div(p.seqlen_q, kM), p.heads_q);
+      const int query = at.item * kM, head = at.head, batch = at.batch;
       const Sequence seq(p, batch);
       if (query >= seq.len_q) return;
       const float* const sum =
