@@ -59,6 +59,15 @@ struct OnlineSoftmax {
     });
     scores.sum_rows(sum);
   }
+  // Likewise of one of the lane's rows, from register BEGIN of its scores to END.
+  template <int SLOT, int BEGIN, int END, class Scores>
+  FA_DEVICE void exponentiate_part(Scores& scores, Scalar scale_log2) {
+    Scores::for_each([&](int slot, int, int, int reg) {
+      if (slot != SLOT || reg < BEGIN || reg >= END) return;
+      scores[reg] = exp2_fast(fma_rn(scores[reg], scale_log2, -max[slot]));
+      sum[slot] += scores[reg];
+    });
+  }
 
   FA_DEVICE void finish() {
     sum.finish_sum();

@@ -11,6 +11,7 @@
 #include "../sm80/fragment.cuh"
 #include "../tile/tile.cuh"
 #include "launch.cuh"
+#include "limits.cuh"
 #include "rows.cuh"
 #include "tma.cuh"
 #include "tuning.cuh"
@@ -341,9 +342,10 @@ struct Forward {
   struct State {
     Output output;
     OnlineSoftmax<float, Rows> softmax;
+    ScoreLimits<Scores, Rows> limits;  // of the softmax
     Queries queries;              // where they are in registers
     Probabilities probabilities;  // of the last block, not multiplied yet
-    Place place;                  // of the last block
+    Place place;                  // of the last block, whose values have arrived
   };
 
   FA_DEVICE void consume() {
@@ -408,7 +410,6 @@ struct Forward {
   // multiply, where 0 * NaN is NaN.
   FA_DEVICE void multiply_last(const Share& share, State& state) {
     const int stage = state.place.stage;
-    barriers.v_full[stage].wait(state.place.phase);
     if (share.values < kN) clear_rows<kPanels>(shared + kQBytes + stage * 2 * kKBytes + kKBytes, kKPanel, share.values);
     multiply_values(state.output, state.probabilities, stage);
   }
@@ -459,6 +460,7 @@ struct Forward {
   // The first block of keys.
   FA_DEVICE void begin(const Tile& tile, const Share& share, const Scoring& scoring, State& state) {
     const int key = share.begin;
+    const float scale_log2 = scoring.modifier.scale_log2();
     Scores scores;
     Rows rescale;
     if (kQueriesInRegisters) take_queries(state.queries);
@@ -469,10 +471,12 @@ struct Forward {
     release_factors(share, state.place.stage, key);
     scoring.modifier.apply(scores, tile.work.query_begin, key);
     if (!share.all_see(key)) hide(tile, share, key, scores);
-    state.softmax.raise_max(scores, scoring.modifier.scale_log2(), rescale);
-    state.softmax.exponentiate(scores, scoring.modifier.scale_log2());
+    state.softmax.raise_max(scores, scale_log2, rescale);
+    state.limits.set(state.softmax, scale_log2);
+    state.softmax.exponentiate(scores, scale_log2);
     drop(tile, scoring, key, scores);
     state.probabilities.narrow(scores);
+    barriers.v_full[state.place.stage].wait(state.place.phase);
   }
 
   // A block's scores are known. Q goes as well with the last block, where it is still there: the next tile's is loaded
@@ -482,17 +486,17 @@ struct Forward {
     if (!kQueriesInRegisters && key + kN >= share.end) barriers.q_free[group].arrive();
   }
 
-  // The next block's scores, while the last block's values are multiplied.
+  // The next block's scores and their softmax, while the last block's values are multiplied.
   template <bool MASKED, bool NEW_CHUNK>
   FA_DEVICE void step(const Tile& tile, const Share& share, const Scoring& scoring, int key, State& state) {
     Scores scores;
     Rows rescale;
+    const float scale_log2 = scoring.modifier.scale_log2();
     const Place last = state.place;
     state.place.step();
     const int stage = state.place.stage;
     barriers.k_full[stage].wait(state.place.phase);
     multiply_scores(scores, state.queries, stage);
-    barriers.v_full[last.stage].wait(last.phase);
     multiply_values(state.output, state.probabilities, last.stage);
     wgmma_wait<1>();
     hold(scores.value);
@@ -501,19 +505,35 @@ struct Forward {
     if (NEW_CHUNK ? !share.all_see(key) : MASKED) hide(tile, share, key, scores);
     OnlineSoftmax<float, Rows> next = state.softmax;
     if (NEW_CHUNK) next.clear();
-    next.raise_max(scores, scoring.modifier.scale_log2(), rescale);
-    next.exponentiate(scores, scoring.modifier.scale_log2());
-    drop(tile, scoring, key, scores);
-    wait_after(next, stage, state.place.phase);
+    const bool moves = NEW_CHUNK || __any_sync(0xffffffffu, state.limits.reached(scores));
+    if (moves) {
+      next.raise_max(scores, scale_log2, rescale);
+      state.limits.set(next, scale_log2);
+      if (!NEW_CHUNK && Tuning::kRescalesAtOnce) {
+        wgmma_wait<0>();
+        hold(state.output.value);
+        next.apply(rescale, state.output);
+      }
+    }
+    // The last block's values are awaited half-way, when they are likely to be known: P takes their factor's registers
+    // under what is left of the softmax.
+    constexpr int kRegs = Scores::kRegs;
+    next.template exponentiate_part<0, 0, kRegs / 2>(scores, scale_log2);
+    const float some = next.sum[0];
+    next.template exponentiate_part<0, kRegs / 2, kRegs>(scores, scale_log2);
+    hold(next.sum.value);
+    await_values(some, state.place);
     hold(state.output.value);
+    release_keys(barriers.v_free[last.stage]);
     if (NEW_CHUNK) {
       const bool first = (key - 1) / p.split_size == share.begin / p.split_size;
       fold_into_stash(first, state.output, state.softmax);
-    } else if (__any_sync(0xffffffffu, rescale[0] != 1.0f || rescale[1] != 1.0f)) {
+    } else if (moves && !Tuning::kRescalesAtOnce) {
       next.apply(rescale, state.output);
     }
+    next.template exponentiate_part<1, 0, kRegs>(scores, scale_log2);
+    drop(tile, scoring, key, scores);
     state.softmax = next;
-    release_keys(barriers.v_free[last.stage]);
     state.probabilities.narrow(scores);
   }
 
@@ -524,12 +544,12 @@ struct Forward {
     });
   }
 
-  // Waits for all multiplies. The compiler would wait before the softmax. It does not move a wait across a branch, nor
-  // know that sums are never negative: so a branch, on a barrier that is open, comes after the softmax and before the
-  // wait.
-  FA_DEVICE void wait_after(const OnlineSoftmax<float, Rows>& softmax, int stage, uint32_t phase) {
-    const bool never = softmax.sum.value[0] == -1.0f || softmax.sum.value[1] == -1.0f;
-    barriers.k_full[stage].wait(phase ^ uint32_t(never));
+  // Waits for all multiplies, and for the values of the block at `place`. The compiler would wait for the former before
+  // the softmax. It does not move that across a branch, nor know that a sum is never negative: so the latter, whose
+  // branch depends on a sum, stands between.
+  FA_DEVICE void await_values(float sum, const Place& place) {
+    const bool never = sum == -1.0f;
+    barriers.v_full[place.stage].wait(place.phase ^ uint32_t(never));
     wgmma_wait<0>();
   }
 

@@ -1,0 +1,45 @@
+// Whether a block's scores leave the softmax's references where they are, as most do: asked of raw scores, without the
+// row's other lanes. Positive floats compare like integers, and the largest of three integers takes one instruction.
+#pragma once
+
+#include <climits>
+
+#include "../attention/softmax.cuh"
+
+namespace flash_attn {
+namespace sm90 {
+
+// Of a lane's two rows.
+template <class Scores, class Rows>
+class ScoreLimits {
+ public:
+  // No score below its limit moves the reference, by OnlineSoftmax::raise_max's own rounding; one above it may not.
+  FA_DEVICE void set(const OnlineSoftmax<float, Rows>& softmax, float scale_log2) {
+    constexpr float kLargest = 3.4028234663852886e38f, kBelow = 1 - 1e-6f;
+    const float inverse = reciprocal(scale_log2) * kBelow;
+    FA_UNROLL
+    for (int slot = 0; slot < 2; ++slot) {
+      const float limit = fminf((softmax.max.value[slot] + softmax.kSlack) * inverse, kLargest);
+      bits_[slot] = limit >= 0 ? int(float_to_bits(limit)) : INT_MIN;  // reached by any score
+    }
+  }
+
+  FA_DEVICE bool reached(const Scores& scores) const {
+    static_assert(Scores::kTilesM == 1 && Scores::kTilesN % 2 == 0);
+    int most[2][2];  // of a row's even columns' tiles, and of the odd ones': two chains take half of the time
+    Scores::for_each([&](int slot, int, int, int reg) {
+      const int tile = reg / 4, bits = int(float_to_bits(scores[reg]));
+      int& so_far = most[slot][tile % 2];
+      so_far = tile < 2 && reg % 2 == 0 || bits > so_far ? bits : so_far;
+    });
+    const bool first = max_int(most[0][0], most[0][1]) >= bits_[0];
+    const bool second = max_int(most[1][0], most[1][1]) >= bits_[1];
+    return first | second;
+  }
+
+ private:
+  int bits_[2];
+};
+
+}  // namespace sm90
+}  // namespace flash_attn
