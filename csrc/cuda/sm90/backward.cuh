@@ -172,6 +172,7 @@ struct Backward : BackwardBlock<T_, D, BackwardTuning<D, SCORED>::kBlockM, 128, 
       int32_t before = 0;
       if (p.deterministic) before = Block::await_turn(turn, query);
       barriers.dq_full[buffer].wait(i / 2 % 2);
+      fence_async_proxy();  // for all who wrote: here nobody computes meanwhile
       if (!p.deterministic) before = Block::take_turn(turn);
       float* const sum = Block::sum_of(step.head, query);
       if (before == 0) {
@@ -263,6 +264,10 @@ struct Backward : BackwardBlock<T_, D, BackwardTuning<D, SCORED>::kBlockM, 128, 
                        KeyGradient& dv) {
     const int stage = int(i % 2);
     Scores scores, gradient;
+    constexpr int kPairs = kM / 8, kAhead = kPairs < 8 ? kPairs : 8;  // as many as there are registers for
+    using Ahead = typename Block::template Pairs<0, kAhead>;
+    using More = typename Block::template Pairs<kAhead, kPairs>;
+    const Ahead lse(negated_lse(stage));
     wgmma_fence();
     multiply_transposed(scores, k_address(), q_address(stage));
     multiply_transposed(gradient, v_address(), do_address(stage));
@@ -274,12 +279,17 @@ struct Backward : BackwardBlock<T_, D, BackwardTuning<D, SCORED>::kBlockM, 128, 
     } else {
       wgmma_wait<1>();
       hold(scores.value);
-      Block::exponentiate(negated_lse(stage), scale_log2, scores);
+      const auto exponential = Block::exponential(scale_log2, scores);
+      const auto differentiate = [&](int reg, float delta) { gradient[reg] = scores[reg] * (gradient[reg] - delta); };
+      const More more_lse(negated_lse(stage));
+      lse.for_each(exponential);
+      const Ahead deltas(delta(stage));
+      more_lse.for_each(exponential);
       wgmma_wait<0>();
       hold(gradient.value);
-      Block::for_each_with(delta(stage), [&](int reg, float delta) {
-        gradient[reg] = scores[reg] * (gradient[reg] - delta);
-      });
+      const More more_deltas(delta(stage));
+      deltas.for_each(differentiate);
+      more_deltas.for_each(differentiate);
     }
     if (MASKED) {
       Block::template for_each_hidden<Scores, IntRows>(query, [&](int reg) { scores[reg] = gradient[reg] = 0; });
@@ -291,14 +301,17 @@ struct Backward : BackwardBlock<T_, D, BackwardTuning<D, SCORED>::kBlockM, 128, 
     Factor differences(gradient);
     if (!first) barriers.ds_full.wait((i - 1) % 2);
     Block::put(differences, ds_address(i % 2), int(threadIdx.x) / 32 * 16);
-    fence_async_proxy();
     float dq[kDqRegs];
     multiply_queries(dq, ds_address((i - 1) % 2));  // of whatever is there in a block's first step
     multiply_rows(dk, differences, q_address(stage));
+    // For dS. It takes hundreds of cycles, under multiplies.
+    constexpr bool kFencesLate = kM == 128;
+    if (!kFencesLate) fence_async_proxy();
     wgmma_wait<1>();
     hold(dq);
     hold(dv.value);
     if (!first) pass_on(dq, i - 1);
+    if (kFencesLate) fence_async_proxy();
     wgmma_wait<0>();
     hold(dk.value);
     barriers.free[stage].arrive();
@@ -339,7 +352,6 @@ struct Backward : BackwardBlock<T_, D, BackwardTuning<D, SCORED>::kBlockM, 128, 
       }
       *reinterpret_cast<float4*>(buffer + to * 4) = float4{dq[reg], dq[reg + 1], dq[reg + 2], dq[reg + 3]};
     }
-    fence_async_proxy();
     __syncwarp();
     if (first_lane()) barriers.dq_full[i % 2].arrive();
   }

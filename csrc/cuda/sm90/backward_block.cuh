@@ -226,24 +226,47 @@ struct BackwardBlock {
   FA_DEVICE bool is_awaited(bool stores) const { return p.deterministic || stores; }
   FA_DEVICE void pass_turn(int32_t* turn) const { sm80::add_release(turn, p.deterministic ? 1 : kStored); }
 
-  // Calls f(reg, value of the register's query) for a lane's part of transposed scores.
+  // For a lane's part of transposed scores: its n-th pair of queries, of a row of LSE or delta, and f(reg, value of the
+  // register's query) for the registers of that pair, or of all.
+  static FA_DEVICE float2 pair_of(const float* of_query, int n) {
+    return *reinterpret_cast<const float2*>(of_query + int(threadIdx.x) % 4 * 2 + 8 * n);
+  }
+  template <class F>
+  static FA_DEVICE void for_pair(int n, float2 pair, F&& f) {
+    FA_UNROLL
+    for (int e = 0; e < 4; ++e) f(4 * n + e, e % 2 == 0 ? pair.x : pair.y);
+  }
   template <class F>
   static FA_DEVICE void for_each_with(const float* of_query, F&& f) {
-    const float* of_lane = of_query + int(threadIdx.x) % 4 * 2;
     FA_UNROLL
-    for (int n = 0; n < kM / 8; ++n) {
-      const float2 x = *reinterpret_cast<const float2*>(of_lane + 8 * n);
-      FA_UNROLL
-      for (int e = 0; e < 4; ++e) f(4 * n + e, e % 2 == 0 ? x.x : x.y);
-    }
+    for (int n = 0; n < kM / 8; ++n) for_pair(n, pair_of(of_query, n), f);
   }
+  // Pairs BEGIN to END, read ahead of their use: loads from shared memory queue behind the multiplies'.
+  template <int BEGIN, int END>
+  struct Pairs {
+    float2 value[END > BEGIN ? END - BEGIN : 1];
+
+    explicit FA_DEVICE Pairs(const float* of_query) {
+      FA_UNROLL
+      for (int n = BEGIN; n < END; ++n) value[n - BEGIN] = pair_of(of_query, n);
+    }
+    template <class F>
+    FA_DEVICE void for_each(F&& f) const {
+      FA_UNROLL
+      for (int n = BEGIN; n < END; ++n) for_pair(n, value[n - BEGIN], f);
+    }
+  };
 
   // Scores to probabilities.
   template <class Scores>
-  static FA_DEVICE void exponentiate(const float* negated_lse, float scale_log2, Scores& scores) {
-    for_each_with(negated_lse, [&](int reg, float negated_lse) {
+  static FA_DEVICE auto exponential(float scale_log2, Scores& scores) {
+    return [scale_log2, &scores](int reg, float negated_lse) {
       scores[reg] = exp2_fast(fma_rn(scores[reg], scale_log2, negated_lse));
-    });
+    };
+  }
+  template <class Scores>
+  static FA_DEVICE void exponentiate(const float* negated_lse, float scale_log2, Scores& scores) {
+    for_each_with(negated_lse, exponential(scale_log2, scores));
   }
 
   // clear(reg) for transposed scores that are hidden. Ends are relative to a lane's first query: one comparison with a
