@@ -63,12 +63,15 @@ def parse_ptxas(text: str) -> list[Usage]:
 
 
 def default_choice(rows: list[Instance]) -> list[Instance]:
-    """Of each family and dtype, plain: head dim 128 where there is a choice, and 96 of the forward."""
-    return [
-        row
-        for row in rows
-        if not row.modified and (row.head_dim in (0, 128) or (row.head_dim == 96 and row.family.name == "Forward"))
-    ]
+    """Plain, of each family and dtype, head dim 128 where there is a choice, and 96 of the forward; scored forwards."""
+
+    def chosen(row: Instance) -> bool:
+        forward = row.family.name == "Forward"
+        if row.modified:
+            return row.scored and forward and row.head_dim in (64, 128)
+        return row.head_dim in (0, 128) or (row.head_dim == 96 and forward)
+
+    return list(filter(chosen, rows))
 
 
 def usages_of(instance: Instance, backend: CudaBackend, folder: Path) -> list[Usage]:

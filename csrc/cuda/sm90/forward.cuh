@@ -33,6 +33,8 @@ struct Forward {
 
   static constexpr bool kQueriesInRegisters = Tuning::kQueriesInRegisters;  // as a factor; else in shared memory
   static constexpr bool kPairs = Tuning::kPairs && !SCORED;  // a scored one spills
+  // Asks ScoreLimits, and awaits the values half-way through the softmax. Scored ones have no registers for it.
+  static constexpr bool kHurries = !SCORED, kRescalesAtOnce = kHurries && Tuning::kRescalesAtOnce;
 
   using Work = ForwardWork<kM>;
   using Scores = sm80::Accumulator<float, kM, kN, kWarps, kWarps>;
@@ -472,7 +474,7 @@ struct Forward {
     scoring.modifier.apply(scores, tile.work.query_begin, key);
     if (!share.all_see(key)) hide(tile, share, key, scores);
     state.softmax.raise_max(scores, scale_log2, rescale);
-    state.limits.set(state.softmax, scale_log2);
+    if (kHurries) state.limits.set(state.softmax, scale_log2);
     state.softmax.exponentiate(scores, scale_log2);
     drop(tile, scoring, key, scores);
     state.probabilities.narrow(scores);
@@ -505,11 +507,11 @@ struct Forward {
     if (NEW_CHUNK ? !share.all_see(key) : MASKED) hide(tile, share, key, scores);
     OnlineSoftmax<float, Rows> next = state.softmax;
     if (NEW_CHUNK) next.clear();
-    const bool moves = NEW_CHUNK || __any_sync(0xffffffffu, state.limits.reached(scores));
+    const bool moves = NEW_CHUNK || !kHurries || __any_sync(0xffffffffu, state.limits.reached(scores));
     if (moves) {
       next.raise_max(scores, scale_log2, rescale);
-      state.limits.set(next, scale_log2);
-      if (!NEW_CHUNK && Tuning::kRescalesAtOnce) {
+      if (kHurries) state.limits.set(next, scale_log2);
+      if (!NEW_CHUNK && kRescalesAtOnce) {
         wgmma_wait<0>();
         hold(state.output.value);
         next.apply(rescale, state.output);
@@ -521,6 +523,7 @@ struct Forward {
     next.template exponentiate_part<0, 0, kRegs / 2>(scores, scale_log2);
     const float some = next.sum[0];
     next.template exponentiate_part<0, kRegs / 2, kRegs>(scores, scale_log2);
+    if (!kHurries) next.template exponentiate_part<1, 0, kRegs>(scores, scale_log2);
     hold(next.sum.value);
     await_values(some, state.place);
     hold(state.output.value);
@@ -528,10 +531,11 @@ struct Forward {
     if (NEW_CHUNK) {
       const bool first = (key - 1) / p.split_size == share.begin / p.split_size;
       fold_into_stash(first, state.output, state.softmax);
-    } else if (moves && !Tuning::kRescalesAtOnce) {
+    } else if (kHurries ? moves && !kRescalesAtOnce
+                        : __any_sync(0xffffffffu, rescale[0] != 1.0f || rescale[1] != 1.0f)) {
       next.apply(rescale, state.output);
     }
-    next.template exponentiate_part<1, 0, kRegs>(scores, scale_log2);
+    if (kHurries) next.template exponentiate_part<1, 0, kRegs>(scores, scale_log2);
     drop(tile, scoring, key, scores);
     state.softmax = next;
     state.probabilities.narrow(scores);
