@@ -128,6 +128,20 @@ def test_large_scores_do_not_overflow(device, dtype):
     check(q * 30, k * 30, v)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dim", [32, 64, 96, 128, 192, 256])
+def test_scores_that_outgrow_those_before(device, dtype, dim, causal):
+    """The softmax's reference moves with most blocks of keys, from negative scores up: the same bits in all kernels."""
+    queries, keys = 70, 700
+    memory = torch.randn(2 * queries * 2 * dim + 1).to(device, dtype)
+    q = memory[1:].view(2, queries, 2, dim)  # rows that do not allow 16-byte access, as above
+    k, v = torch.randn(2, 2, keys, 2, dim).to(device, dtype)
+    q[..., 0] = 8
+    k[..., 0] = torch.linspace(-4, 6, keys)[:, None] * dim**0.5
+    check(q, k, v, causal=causal)
+    assert torch.equal(flash_attn_func(q, k, v, causal=causal), flash_attn_func(q.clone(), k, v, causal=causal))
+
+
 @pytest.mark.parametrize("name", ["full", "causal", "alibi"])
 def test_packed_variants_are_the_same_function(device, dtype, name):
     qkv = torch.randn(2, 37, 3, 4, 32).to(device, dtype)

@@ -304,7 +304,7 @@ struct Backward : BackwardBlock<T_, D, BackwardTuning<D, SCORED>::kBlockM, 128, 
     float dq[kDqRegs];
     multiply_queries(dq, ds_address((i - 1) % 2));  // of whatever is there in a block's first step
     multiply_rows(dk, differences, q_address(stage));
-    // For dS. It takes hundreds of cycles, under multiplies.
+    // For dS. It takes a hundred cycles and more: under multiplies, and where measured best.
     constexpr bool kFencesLate = kM == 128;
     if (!kFencesLate) fence_async_proxy();
     wgmma_wait<1>();

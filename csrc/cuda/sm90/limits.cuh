@@ -30,7 +30,7 @@ class ScoreLimits {
     Scores::for_each([&](int slot, int, int, int reg) {
       const int tile = reg / 4, bits = int(float_to_bits(scores[reg]));
       int& so_far = most[slot][tile % 2];
-      so_far = tile < 2 && reg % 2 == 0 || bits > so_far ? bits : so_far;
+      so_far = (tile < 2 && reg % 2 == 0) || bits > so_far ? bits : so_far;
     });
     const bool first = max_int(most[0][0], most[0][1]) >= bits_[0];
     const bool second = max_int(most[1][0], most[1][1]) >= bits_[1];
