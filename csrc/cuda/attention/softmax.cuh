@@ -55,7 +55,7 @@ struct OnlineSoftmax {
   template <class Scores>
   FA_DEVICE void exponentiate(Scores& scores, Scalar scale_log2) {
     Scores::for_each([&](int slot, int, int, int reg) {
-      scores[reg] = exp2_fast(fma_rn(scores[reg], scale_log2, -max[slot]));
+      scores[reg] = exponential(scores[reg], scale_log2, slot);
     });
     scores.sum_rows(sum);
   }
@@ -64,9 +64,12 @@ struct OnlineSoftmax {
   FA_DEVICE void exponentiate_part(Scores& scores, Scalar scale_log2) {
     Scores::for_each([&](int slot, int, int, int reg) {
       if (slot != SLOT || reg < BEGIN || reg >= END) return;
-      scores[reg] = exp2_fast(fma_rn(scores[reg], scale_log2, -max[slot]));
+      scores[reg] = exponential(scores[reg], scale_log2, slot);
       sum[slot] += scores[reg];
     });
+  }
+  FA_DEVICE Scalar exponential(Scalar score, Scalar scale_log2, int slot) {
+    return exp2_fast(fma_rn(score, scale_log2, -max[slot]));
   }
 
   FA_DEVICE void finish() {

@@ -2,8 +2,10 @@
 // row's other lanes. Positive floats compare like integers, and the largest of three integers takes one instruction.
 #pragma once
 
+#include <cfloat>
 #include <climits>
 
+#include "../attention/schedule.cuh"
 #include "../attention/softmax.cuh"
 
 namespace flash_attn {
@@ -15,11 +17,11 @@ class ScoreLimits {
  public:
   // No score below its limit moves the reference, by OnlineSoftmax::raise_max's own rounding; one above it may not.
   FA_DEVICE void set(const OnlineSoftmax<float, Rows>& softmax, float scale_log2) {
-    constexpr float kLargest = 3.4028234663852886e38f, kBelow = 1 - 1e-6f;
+    constexpr float kBelow = 1 - 1e-6f;
     const float inverse = reciprocal(scale_log2) * kBelow;
     FA_UNROLL
     for (int slot = 0; slot < 2; ++slot) {
-      const float limit = fminf((softmax.max.value[slot] + softmax.kSlack) * inverse, kLargest);
+      const float limit = fminf((softmax.max.value[slot] + softmax.kSlack) * inverse, FLT_MAX);
       bits_[slot] = limit >= 0 ? int(float_to_bits(limit)) : INT_MIN;  // reached by any score
     }
   }
