@@ -59,6 +59,22 @@ def test_large_batch_does_not_matter(cuda_only, dim, causal):
     assert same(whole, [torch.cat(column) for column in zip(*parts, strict=True)])
 
 
+@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
+def test_short_tiles_do_not_overtake(cuda_only, dim):
+    """A tile with one block of keys is soon done: the next one's Q must not arrive where this one's is still read."""
+    elsewhere = torch.empty(100_000_000, dtype=torch.uint8, device=cuda_only)
+    for batch in (16, 32):
+        q, k, v = random_qkv(cuda_only, torch.bfloat16, batch, 300, heads_q=16, heads_kv=8, dim=dim)
+        first = flash_attn_func(q, k, v, causal=True, return_attn_probs=True)[:2]
+        differing = torch.zeros((), dtype=torch.int64, device=cuda_only)
+        for _ in range(300):
+            again = flash_attn_func(q, k, v, causal=True, return_attn_probs=True)[:2]
+            for a, b in zip(first, again, strict=True):
+                differing += (a != b).any()
+            elsewhere.zero_()  # inputs leave the cache, and tiles arrive at different times
+        assert differing == 0
+
+
 def test_heads_do_not_matter(device, dtype):
     q, k, v = random_qkv(device, dtype, 2, 70, 150, heads_q=6, heads_kv=3)
     dout = torch.randn(q.shape).to(q)

@@ -468,6 +468,9 @@ struct Forward {
     if (kQueriesInRegisters) take_queries(state.queries);
     barriers.k_full[state.place.stage].wait(state.place.phase);
     multiply_scores(scores, state.queries, state.place.stage);
+    // Not before: a load from shared memory may be overtaken by an arrival that follows it, and by the copy of the next
+    // tile's Q. Multiplies that are under way have their registers.
+    if (kQueriesInRegisters) barriers.q_free[group].arrive();
     wgmma_wait<0>();
     hold(scores.value);
     release_factors(share, state.place.stage, key);
@@ -557,7 +560,7 @@ struct Forward {
     wgmma_wait<0>();
   }
 
-  // The warp's 16 rows of Q to registers, which frees their place in shared memory at once.
+  // The warp's 16 rows of Q to registers.
   FA_DEVICE void take_queries(Queries& queries) {
     const int lane = int(threadIdx.x) % 32, row = int(threadIdx.x) % 128 / 32 * 16 + lane % 16;
     FA_UNROLL
@@ -566,7 +569,6 @@ struct Forward {
       sm80::ldmatrix(queries.value[0][step],
                      q_address(group) + step / 4 * kQPanel + row * 128 + (chunk ^ row % 8) * 16);
     }
-    barriers.q_free[group].arrive();
   }
 
   // scores = Q K^T
