@@ -41,7 +41,7 @@ struct Backward : BackwardBlock<T_, D, BackwardTuning<D, SCORED>::kBlockM, 128, 
   static constexpr int kRowsAt = kDqAt + 2 * kDqBytes, kBarriersAt = kRowsAt + kStages * kRowsBytes;
 
   struct Barriers {
-    Announcements next;
+    typename Block::Announcements next;
     typename Block::Sums::Completions complete;
     Barrier keys_full, keys_free, full[kStages], free[kStages], ds_full, dq_full[2], dq_free[2];
   };
@@ -153,10 +153,10 @@ struct Backward : BackwardBlock<T_, D, BackwardTuning<D, SCORED>::kBlockM, 128, 
   FA_DEVICE void add_up(int buffer) {
     uint32_t i = 0;
     for (uint32_t n = 0;; ++n) {
-      const uint32_t block = barriers.next.told(n);
-      if (block == Announcements::kNone) return;
-      if (!Block::has_keys(block)) continue;
-      take(block);
+      const auto next = barriers.next.told(n);
+      if (next.is_none()) return;
+      if (!Block::has_keys(next.block)) continue;
+      take(next.work);
       Block::await_room();
       add_up(buffer, i);
       wait_written<false>();
@@ -193,12 +193,11 @@ struct Backward : BackwardBlock<T_, D, BackwardTuning<D, SCORED>::kBlockM, 128, 
     uint32_t i = 0, loads = 0;
     Writer writer(barriers.complete, p);
     for (uint32_t n = 0;; ++n) {
-      // The same in all lanes, and the shuffle tells the compiler.
-      const uint32_t block = __shfl_sync(0xffffffffu, barriers.next.told(n), 0);
-      if (block == Announcements::kNone) return;
-      bool has_keys = Block::has_keys(block);
+      const auto next = barriers.next.told(n);
+      if (next.is_none()) return;
+      bool has_keys = Block::has_keys(next.block);
       if (has_keys) {
-        take(block);
+        take(next.work);
         Block::clear_spare_keys();
         has_keys = work.key_begin < seq.stored_k;
       }
@@ -207,7 +206,7 @@ struct Backward : BackwardBlock<T_, D, BackwardTuning<D, SCORED>::kBlockM, 128, 
       dv.fill(0);
       typename Writer::Rows rows, more;
       const auto fetch = [&] {
-        if (Block::writes(block)) writer.fetch(rows);
+        if (Block::writes(next.block)) writer.fetch(rows);
       };
       if (has_keys && steps() > 0) {
         walk_queries(i, loads, dk, dv, fetch);
@@ -221,7 +220,7 @@ struct Backward : BackwardBlock<T_, D, BackwardTuning<D, SCORED>::kBlockM, 128, 
       }
       if (has_keys) write(dk, p.dk, float(p.softmax_scale), i);
       writer.write_all(more, scratch(i));
-      if (Block::writes(block)) writer.end();
+      if (Block::writes(next.block)) writer.end();
     }
   }
 
@@ -387,14 +386,14 @@ struct Backward : BackwardBlock<T_, D, BackwardTuning<D, SCORED>::kBlockM, 128, 
   FA_DEVICE void write(KeyGradient& gradient, const TensorRef& dst, float scale, uint32_t i) {
     KeyGradient::for_each([&](int, int, int, int reg) { gradient[reg] *= scale; });
     const int row = int(threadIdx.x) / 32 * 16;
-    constexpr int kCols = 32;
-    static_assert(kTurnBytes<kCols> <= 16 * 128);
+    constexpr int kCols = D % 64 == 0 ? 64 : 32;
+    static_assert(kTurnBytes<64, true> <= 16 * 128);
     char* const scratch = this->scratch(i);
     T* const to = head_rows<T>(dst, work.batch, work.kv_head, seq.first_k + work.key_begin + row);
     FA_UNROLL
     for (int col = 0; col < D; col += kCols) {
-      write_rows<T, kCols>(gradient.value + col / 2, scratch, to + col, dst.row_stride,
-                           seq.stored_k - work.key_begin - row, p.head_dim - col);
+      write_rows<T, kCols, kCols == 64>(gradient.value + col / 2, scratch, to + col, dst.row_stride,
+                                        seq.stored_k - work.key_begin - row, p.head_dim - col);
     }
   }
 };

@@ -30,6 +30,7 @@ struct BackwardBlock {
   using Sums = QuerySums<T, D, kM, WARPS_Q>;
   using QueryGradient = typename Sums::QueryGradient;
   static_assert(Sums::kThreads == kComputing);
+  using Announcements = sm90::Announcements<BackwardWork<kN>>;
 
   struct Launched {
     BackwardParams p;
@@ -82,8 +83,8 @@ struct BackwardBlock {
         seq(p, work.batch),
         mask(p, seq),
         walk(mask, work.key_begin) {}
-  FA_DEVICE void take(uint32_t block) {
-    work = BackwardWork<kN>(p, block);
+  FA_DEVICE void take(const BackwardWork<kN>& next) {
+    work = next;
     seq = Sequence(p, work.batch);
     mask = Mask(p, seq);
     walk = QueryWalk<kM, kN>(mask, work.key_begin);
@@ -131,10 +132,10 @@ struct BackwardBlock {
     for (uint32_t n = 0;; ++n) {
       const uint32_t block = take_block(p.blocks_taken);
       const bool any = block < uint32_t(numbers(p));
-      next.tell(n, any ? block : Announcements::kNone);
+      if (has_keys(block)) take(BackwardWork<kN>(p, block));
+      next.tell(n, {any ? block : Announcement<BackwardWork<kN>>::kNone, work});
       if (!any) return;
       if (!has_keys(block)) continue;
-      take(block);
       if (steps() > 0) load_keys(loads++);
       load_queries(i);
     }
@@ -188,10 +189,10 @@ struct BackwardBlock {
   FA_DEVICE void await_sums(Announcements& next, typename Sums::Completions& complete) {
     uint32_t i = 0;
     for (uint32_t n = 0;; ++n) {
-      const uint32_t block = next.told(n);
-      if (block == Announcements::kNone) return;
-      if (!writes(block)) continue;
-      take(block - uint32_t(p.dq_lag));
+      const auto told = next.told(n);
+      if (told.is_none()) return;
+      if (!writes(told.block)) continue;
+      take(BackwardWork<kN>(p, told.block - uint32_t(p.dq_lag)));
       bool done = false;
       const int query_blocks = ceil_div(p.seqlen_q, kM);
       for (int at = work.key_begin / kN; at < group * query_blocks; at += key_blocks()) {

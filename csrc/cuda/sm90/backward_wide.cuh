@@ -36,7 +36,7 @@ struct WideBackward : BackwardBlock<T_, D, 64, 64, 4, 1> {
   static constexpr int kBarriersAt = kRowsAt + kStages * 2 * kM * 4;
 
   struct Barriers {
-    Announcements next;
+    typename Block::Announcements next;
     typename Block::Sums::Completions complete;
     Barrier keys_full, keys_free, q_full[kStages], q_free[kStages], do_full[kStages], do_free[kStages];
     Barrier p_full[4], p_free[4];  // of a warp that computes P, and of the one that needs it
@@ -166,10 +166,10 @@ struct WideBackward : BackwardBlock<T_, D, 64, 64, 4, 1> {
   FA_DEVICE void take_turns() {
     uint32_t i = 0;
     for (uint32_t n = 0;; ++n) {
-      const uint32_t block = barriers.next.told(n);
-      if (block == Announcements::kNone) return;
-      if (!Block::has_keys(block)) continue;
-      take(block);
+      const auto next = barriers.next.told(n);
+      if (next.is_none()) return;
+      if (!Block::has_keys(next.block)) continue;
+      take(next.work);
       if (AHEAD) Block::await_room();
       Step step(work.kv_head * group);
       for (int left = steps(); left > 0; --left, ++i, step.next(walk.steps)) {
@@ -199,11 +199,11 @@ struct WideBackward : BackwardBlock<T_, D, 64, 64, 4, 1> {
     uint32_t i = 0, loads = 0;
     Writer writer(barriers.complete, p);
     for (uint32_t n = 0;; ++n) {
-      const uint32_t block = __shfl_sync(0xffffffffu, barriers.next.told(n), 0);
-      if (block == Announcements::kNone) return;
-      bool has_keys = Block::has_keys(block);
+      const auto next = barriers.next.told(n);
+      if (next.is_none()) return;
+      bool has_keys = Block::has_keys(next.block);
       if (has_keys) {
-        take(block);
+        take(next.work);
         Block::clear_spare_keys();
         has_keys = work.key_begin < seq.stored_k;
       }
@@ -211,10 +211,10 @@ struct WideBackward : BackwardBlock<T_, D, 64, 64, 4, 1> {
       sum.fill(0);
       if (has_keys && steps() > 0) walk_queries<KEYS>(i, loads, sum);
       typename Writer::Rows rows;
-      if (Block::writes(block)) writer.fetch(rows);
+      if (Block::writes(next.block)) writer.fetch(rows);
       if (has_keys) write<KEYS>(sum, i);
       writer.write_all(rows, scratch<KEYS>());
-      if (Block::writes(block)) writer.end();
+      if (Block::writes(next.block)) writer.end();
       sync_named(3, kComputing);  // the room for P was used
     }
   }
@@ -383,10 +383,11 @@ struct WideBackward : BackwardBlock<T_, D, 64, 64, 4, 1> {
     }
   }
 
-  static_assert(2 * kTurnBytes<32> <= kPBytes / 4);
+  static constexpr int kTurnBytes = sm90::kTurnBytes<64, true>;
+  static_assert(2 * kTurnBytes <= kPBytes / 4);
   template <bool KEYS>
   FA_DEVICE char* scratch() const {
-    return room_of_pair() + (KEYS ? kTurnBytes<32> : 0);
+    return room_of_pair() + (KEYS ? kTurnBytes : 0);
   }
   template <bool KEYS>
   FA_DEVICE void write(KeyGradient& sum, uint32_t i) {
@@ -396,14 +397,14 @@ struct WideBackward : BackwardBlock<T_, D, 64, 64, 4, 1> {
     } else {
       barriers.p_free[pair()].wait(i % 2 ^ 1);  // the other has read what is in the room
     }
-    constexpr int kCols = 32;
+    constexpr int kCols = 64;
     const int row = pair() * 16;
     char* const scratch = this->template scratch<KEYS>();
     T* const to = head_rows<T>(dst, work.batch, work.kv_head, seq.first_k + work.key_begin + row);
     FA_UNROLL
     for (int col = 0; col < D; col += kCols) {
-      write_rows<T, kCols>(sum.value + col / 2, scratch, to + col, dst.row_stride, seq.stored_k - work.key_begin - row,
-                           p.head_dim - col);
+      write_rows<T, kCols, true>(sum.value + col / 2, scratch, to + col, dst.row_stride,
+                                 seq.stored_k - work.key_begin - row, p.head_dim - col);
     }
   }
 };

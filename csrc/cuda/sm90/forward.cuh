@@ -359,13 +359,13 @@ struct Forward {
       if (tile.is_last()) return;
       if (tile.clears(p)) clear_rows_of_no_sequence<T, Lanes>(p, tile.work);
       state.softmax.clear();
-      state.output.fill(0);
       pass_by(share.blocks_before, state.place);
       if (share.has_keys()) {
         const Scoring scoring(p, tile);
         begin(tile, share, scoring, state);
         walk(tile, share, scoring, state);
       } else {
+        state.output.fill(0);
         barriers.q_free[group].arrive();
       }
       if (tile.has_rows(group)) end(tile, share, state);
@@ -471,6 +471,8 @@ struct Forward {
     // Not before: a load from shared memory may be overtaken by an arrival that follows it, and by the copy of the next
     // tile's Q. Multiplies that are under way have their registers.
     if (kQueriesInRegisters) barriers.q_free[group].arrive();
+    state.output.fill(0);  // under the multiply
+    hold(state.output.value);
     wgmma_wait<0>();
     hold(scores.value);
     release_factors(share, state.place.stage, key);

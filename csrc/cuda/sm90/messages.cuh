@@ -27,27 +27,35 @@ struct Messages {
     full[n % COUNT].arrive();
   }
   // Stays as it is until all readers have released it.
-  FA_DEVICE const volatile Message& receive(uint32_t n) {
+  FA_DEVICE const Message& receive(uint32_t n) {
     full[n % COUNT].wait(n / COUNT % 2);
     return at(n);
   }
-  FA_DEVICE const volatile Message& at(uint32_t n) const { return message[n % COUNT]; }
+  FA_DEVICE const Message& at(uint32_t n) const { return message[n % COUNT]; }
   FA_DEVICE void release(uint32_t n) { free[n % COUNT].arrive(); }
 };
 
-// The blocks that a thread block does, from the warp that loads to everyone else.
-struct Announcements : Messages<uint32_t, 2> {
-  static constexpr uint32_t kNone = 0xffffffffu;
+// The block that a thread block does next: its number, and the work that the number means.
+template <class Work>
+struct Announcement {
+  uint32_t block;
+  Work work;
 
-  // The n-th is `next`, or kNone.
-  FA_DEVICE void tell(uint32_t n, uint32_t next) {
-    await_free(n);
+  static constexpr uint32_t kNone = 0xffffffffu;
+  FA_DEVICE bool is_none() const { return block == kNone; }
+};
+
+// From the warp that loads to everyone else. `work` is worked out once, by divisions that take hundreds of cycles.
+template <class Work>
+struct Announcements : Messages<Announcement<Work>, 2> {
+  FA_DEVICE void tell(uint32_t n, const Announcement<Work>& next) {
+    this->await_free(n);
     __syncwarp();  // once it is told, a lane that is late would wait for the phase after
-    if (first_lane()) send(n, next);
+    if (first_lane()) this->send(n, next);
   }
-  FA_DEVICE uint32_t told(uint32_t n) {
-    const uint32_t next = receive(n);
-    release(n);
+  FA_DEVICE Announcement<Work> told(uint32_t n) {
+    const Announcement<Work> next = this->receive(n);
+    this->release(n);
     return next;
   }
 };

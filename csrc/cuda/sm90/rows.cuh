@@ -8,36 +8,39 @@
 namespace flash_attn {
 namespace sm90 {
 
-// Shared memory in which a warp turns fragments of 16 rows into rows. The padding keeps banks apart.
-template <int COLS>
-constexpr int kTurnPitch = COLS * 2 + 16;
-template <int COLS>
-constexpr int kTurnBytes = 16 * kTurnPitch<COLS>;
+// Shared memory in which a warp turns fragments of 16 rows into rows. Padding keeps banks apart, or where there is no
+// room for it swizzling (COLS at least 64), at a few instructions more.
+template <int COLS, bool SWIZZLED = false>
+constexpr int kTurnPitch = COLS * 2 + (SWIZZLED ? 0 : 16);
+template <int COLS, bool SWIZZLED = false>
+constexpr int kTurnBytes = 16 * kTurnPitch<COLS, SWIZZLED>;
 
 // Writes the first `rows` of a warp's 16 rows of COLS columns to dst, turned in `scratch`, the warp's own, so that
 // device memory sees whole rows. `cols` of a row exist.
-template <class T, int COLS>
+template <class T, int COLS, bool SWIZZLED = false>
 FA_DEVICE void write_rows(const float* value, char* scratch, T* dst, int64_t row_stride, int rows, int cols) {
-  constexpr int kPitch = kTurnPitch<COLS>, kChunks = COLS / 8, kRowsAtOnce = 32 / kChunks;
+  constexpr int kPitch = kTurnPitch<COLS, SWIZZLED>, kChunks = COLS / 8, kRowsAtOnce = 32 / kChunks;
   const int lane = int(threadIdx.x) % 32;
-  const uint32_t base = sm80::shared_address(scratch) + lane % 16 * kPitch + lane / 16 * 16;
+  const auto place = [](int row, int chunk) { return row * kPitch + (SWIZZLED ? chunk ^ row % 8 : chunk) * 16; };
+  const uint32_t base = sm80::shared_address(scratch);
   __syncwarp();  // what the memory held is no longer read
   FA_UNROLL
   for (int n = 0; n < kChunks; n += 2) {
     const float *left = value + 4 * n, *right = left + 4;
     const uint32_t x[4] = {sm80::pack(T{}, left[0], left[1]), sm80::pack(T{}, left[2], left[3]),
                            sm80::pack(T{}, right[0], right[1]), sm80::pack(T{}, right[2], right[3])};
-    store_matrices(base + n * 16, x);
+    store_matrices(base + place(lane % 16, n + lane / 16), x);
   }
   __syncwarp();
   if (cols % 8 == 0) {
-    const int first = lane / kChunks, col = lane % kChunks * 8;
+    const int first = lane / kChunks, chunk = lane % kChunks, col = chunk * 8;
     if (first >= kRowsAtOnce || col >= cols) return;
-    const char* from = scratch + first * kPitch + col * 2;
     T* to = dst + first * row_stride + col;
     FA_UNROLL
     for (int row = 0; row < 16; row += kRowsAtOnce) {
-      if (first + row < rows) *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from + row * kPitch);
+      if (first + row < rows) {
+        *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(scratch + place(first + row, chunk));
+      }
       to += kRowsAtOnce * row_stride;
     }
   } else {
@@ -45,7 +48,7 @@ FA_DEVICE void write_rows(const float* value, char* scratch, T* dst, int64_t row
     for (int i = lane; i < 16 * COLS; i += 32) {
       const int row = i / COLS, col = i % COLS;
       if (row < rows && col < cols) {
-        dst[row * row_stride + col] = *reinterpret_cast<const T*>(scratch + row * kPitch + col * 2);
+        dst[row * row_stride + col] = *reinterpret_cast<const T*>(scratch + place(row, col / 8) + col % 8 * 2);
       }
     }
   }

@@ -16,7 +16,7 @@ struct QuerySums {
   using T = T_;
   static constexpr int kM = BLOCK_M, kWarps = 8, kThreads = kWarps * 32;
   using QueryGradient = sm80::Accumulator<float, kM, D, WARPS_Q, kWarps>;
-  static constexpr int kRegs = QueryGradient::kRegs, kScratch = kTurnBytes<32>;  // bytes of a warp
+  static constexpr int kRegs = QueryGradient::kRegs, kScratch = kTurnBytes<64, true>;  // bytes of a warp
 
   // The sum of a block of queries among those of all heads.
   static FA_DEVICE int index(const BackwardParams& p, const Sequence& seq, int batch, int head, int query) {
@@ -41,14 +41,15 @@ struct QuerySums {
   // To the first `rows` rows of dq.
   static FA_DEVICE void write(const BackwardParams& p, float (&value)[kRegs], char* scratch, T* dq, int rows) {
     static_assert(QueryGradient::kTilesM == 1);
-    constexpr int kCols = QueryGradient::kWarpCols, kAtOnce = kCols % 32 == 0 ? 32 : 16;
+    constexpr int kCols = QueryGradient::kWarpCols, kAtOnce = kCols % 64 == 0 ? 64 : kCols % 32 == 0 ? 32 : 16;
     const int warp = int(threadIdx.x) / 32, row = warp % WARPS_Q * 16, col = warp / WARPS_Q * kCols;
     T* const to = dq + row * p.dq.row_stride + col;
     FA_UNROLL
     for (float& x : value) x *= float(p.softmax_scale);
     FA_UNROLL
     for (int at = 0; at < kCols; at += kAtOnce) {
-      write_rows<T, kAtOnce>(value + at / 2, scratch, to + at, p.dq.row_stride, rows - row, p.head_dim - col - at);
+      write_rows<T, kAtOnce, kAtOnce == 64>(value + at / 2, scratch, to + at, p.dq.row_stride, rows - row,
+                                            p.head_dim - col - at);
     }
   }
 
