@@ -58,9 +58,13 @@ struct Forward {
 
   // Behind the tiles: room in which a warp turns its rows' fragments into rows. A row with several chunks has the
   // running fold's output there as well, and its maximum and sum; in device memory where it is too wide.
-  static constexpr int kRoomAt = kTileBytes + kBarrierBytes + kMessages * kGroups * kMessageBytes;
+  static constexpr int kMessagesEnd = kTileBytes + kBarrierBytes + kMessages * kGroups * kMessageBytes;
+  static constexpr int kRoomAt = (kMessagesEnd + 1023) / 1024 * 1024;
   static constexpr int kOutCols = D < 128 ? D : 128;  // that a warp turns at once
-  static constexpr int kOutBytes = kTurnBytes<kOutCols>, kStash = 16 * D * 4;  // of a warp
+  static constexpr bool kStoresBoxes = Tuning::kStoresBoxes, kSwizzles = kStoresBoxes && kOutCols % 64 == 0;
+  static constexpr int kTurned = kTurnBytes<kOutCols, kSwizzles>;
+  static constexpr int kOutBytes = kStoresBoxes ? kPanels * kBoxBytes : kTurned, kStash = 16 * D * 4;  // of a warp
+  static_assert(kTurned <= kOutBytes);
   static constexpr int kSharedBytes = kRoomAt + kWarps * kOutBytes;
   static constexpr bool kStashIsShared = D <= 128;
   static constexpr int kStashBytes = kStashIsShared ? kWarps * (kStash - kOutBytes) + 2 * kM * 4 : 0;
@@ -74,16 +78,20 @@ struct Forward {
 
   struct Launched {
     ForwardParams p;
-    CUtensorMap q, k, v;
+    CUtensorMap q, k, v, out;
     bool pairs;
 
     explicit Launched(const ForwardParams& p)
         : p(p),
-          q(tensor_map(p.q, p.dtype, batches(p), p.cu_seqlens_q ? p.total_q : p.seqlen_q, p.heads_q, p.head_dim, 64)),
+          q(queries(p, p.q, 64)),
           k(tensor_map(p.k, p.dtype, batches(p), p.cu_seqlens_q ? p.total_k : p.seqlen_k, p.heads_kv, p.head_dim, kN)),
           v(tensor_map(p.v, p.dtype, batches(p), p.cu_seqlens_q ? p.total_k : p.seqlen_k, p.heads_kv, p.head_dim,
                        kN)),
+          out(queries(p, p.out, 16)),
           pairs(in_pairs(p)) {}
+    static CUtensorMap queries(const ForwardParams& p, const TensorRef& t, int rows) {
+      return tensor_map(t, p.dtype, batches(p), p.cu_seqlens_q ? p.total_q : p.seqlen_q, p.heads_q, p.head_dim, rows);
+    }
     static int batches(const ForwardParams& p) { return p.cu_seqlens_q ? 1 : p.batch; }
   };
 
@@ -356,7 +364,10 @@ struct Forward {
       barriers.q_full[group].wait(turn.phase());
       const Tile& tile = message(turn, group).tile;
       const Share& share = message(turn, group).share;
-      if (tile.is_last()) return;
+      if (tile.is_last()) {
+        await_output_read();  // the memory must not go away before
+        return;
+      }
       if (tile.clears(p)) clear_rows_of_no_sequence<T, Lanes>(p, tile.work);
       state.softmax.clear();
       pass_by(share.blocks_before, state.place);
@@ -451,12 +462,30 @@ struct Forward {
     state.softmax.apply(scale, state.output);
     const int row = int(threadIdx.x) / 32 * 16;
     char* const room = this->room(kStashIsShared && may_fold(p) ? kStash : kOutBytes);
+    await_output_read();
+    // Behind a packed sequence's rows another's follow. One answer for a warp: what may differ costs registers.
+    if (kStoresBoxes && __any_sync(0xffffffffu, p.cu_seqlens_q == nullptr || rows - row >= 16)) {
+      put_boxes<T, D>(state.output.value, shared_address(room));
+      if (!first_lane()) return;
+      for (int panel = 0; panel < kPanels; ++panel) {
+        store_box(launched.out, shared_address(room) + panel * kBoxBytes, panel * 64,
+                  int(tile.seq.first_q) + work.query_begin + row, work.head, p.cu_seqlens_q ? 0 : work.batch);
+      }
+      return commit_stores();
+    }
     T* out = head_rows<T>(p.out, work.batch, work.head, tile.seq.first_q + work.query_begin + row);
-    write_rows<T, kOutCols>(state.output.value, room, out, p.out.row_stride, rows - row, p.head_dim);
+    write_rows<T, kOutCols, kSwizzles>(state.output.value, room, out, p.out.row_stride, rows - row, p.head_dim);
     if constexpr (D > kOutCols) {
       write_rows<T, D - kOutCols>(state.output.value + kOutCols / 2, room, out + kOutCols, p.out.row_stride,
                                   rows - row, p.head_dim - kOutCols);
     }
+  }
+
+  // The last tile's output lies in the warp's room until then.
+  FA_DEVICE void await_output_read() const {
+    if (!kStoresBoxes) return;
+    if (first_lane()) wait_written<true>();
+    __syncwarp();
   }
 
   // The first block of keys.
@@ -535,6 +564,7 @@ struct Forward {
     release_keys(barriers.v_free[last.stage]);
     if (NEW_CHUNK) {
       const bool first = (key - 1) / p.split_size == share.begin / p.split_size;
+      if (kStashIsShared && first) await_output_read();
       fold_into_stash(first, state.output, state.softmax);
     } else if (kHurries ? moves && !kRescalesAtOnce
                         : __any_sync(0xffffffffu, rescale[0] != 1.0f || rescale[1] != 1.0f)) {

@@ -15,6 +15,13 @@ constexpr int kTurnPitch = COLS * 2 + (SWIZZLED ? 0 : 16);
 template <int COLS, bool SWIZZLED = false>
 constexpr int kTurnBytes = 16 * kTurnPitch<COLS, SWIZZLED>;
 
+// Sixteen columns of a warp's 16 rows as store_matrices() takes them.
+template <class T>
+FA_DEVICE void pack_columns(const float* value, uint32_t (&x)[4]) {
+  FA_UNROLL
+  for (int i = 0; i < 4; ++i) x[i] = sm80::pack(T{}, value[2 * i], value[2 * i + 1]);
+}
+
 // Writes the first `rows` of a warp's 16 rows of COLS columns to dst, turned in `scratch`, the warp's own, so that
 // device memory sees whole rows. `cols` of a row exist.
 template <class T, int COLS, bool SWIZZLED = false>
@@ -26,9 +33,8 @@ FA_DEVICE void write_rows(const float* value, char* scratch, T* dst, int64_t row
   __syncwarp();  // what the memory held is no longer read
   FA_UNROLL
   for (int n = 0; n < kChunks; n += 2) {
-    const float *left = value + 4 * n, *right = left + 4;
-    const uint32_t x[4] = {sm80::pack(T{}, left[0], left[1]), sm80::pack(T{}, left[2], left[3]),
-                           sm80::pack(T{}, right[0], right[1]), sm80::pack(T{}, right[2], right[3])};
+    uint32_t x[4];
+    pack_columns<T>(value + 4 * n, x);
     store_matrices(base + place(lane % 16, n + lane / 16), x);
   }
   __syncwarp();
@@ -52,6 +58,23 @@ FA_DEVICE void write_rows(const float* value, char* scratch, T* dst, int64_t row
       }
     }
   }
+}
+
+// A warp's 16 rows of COLS columns, narrowed, as boxes of 64 columns that lie one behind the other from `room` on, a
+// multiple of 1024: store_box() may have them then.
+constexpr int kBoxBytes = 16 * 128;
+template <class T, int COLS>
+FA_DEVICE void put_boxes(const float* value, uint32_t room) {
+  const int lane = int(threadIdx.x) % 32, row = lane % 16;
+  const uint32_t at = room + row * 128 + (lane / 16 ^ row % 8) * 16;
+  FA_UNROLL
+  for (int n = 0; n < COLS / 8; n += 2) {
+    uint32_t x[4];
+    pack_columns<T>(value + 4 * n, x);
+    store_matrices((at ^ n % 8 * 16) + n / 8 * kBoxBytes, x);
+  }
+  fence_async_proxy();
+  __syncwarp();
 }
 
 // Zeros in a tile of panels of 128-byte rows, from row `begin` on. Every warpgroup clears for itself.

@@ -81,18 +81,26 @@ FA_DEVICE void load_box_to_both(uint32_t dst, const CUtensorMap& map, Barrier& b
       : "memory");
 }
 
+// A box back to [batch, head, row, column], as it lies in shared memory; what is outside is not written.
+FA_DEVICE void store_box(const CUtensorMap& map, uint32_t src, int column, int row, int head, int batch) {
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),
+               "r"(src), "r"(column), "r"(row), "r"(head), "r"(batch)
+               : "memory");
+}
+FA_DEVICE void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
 // dst[i] = src[i] in device memory, `bytes` of floats in shared memory.
 FA_DEVICE void store(float* dst, uint32_t src, int bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(dst), "r"(src), "r"(bytes)
                : "memory");
-  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+  commit_stores();
 }
 // Likewise dst[i] += src[i], each element atomically.
 FA_DEVICE void reduce_add(float* dst, uint32_t src, int bytes) {
   asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(dst), "r"(src),
                "r"(bytes)
                : "memory");
-  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+  commit_stores();
 }
 // Waits until this thread's stores and additions have read their source, or else have landed.
 template <bool READ>

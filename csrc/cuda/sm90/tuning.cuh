@@ -8,12 +8,14 @@ namespace flash_attn {
 namespace sm90 {
 
 // What forward.cuh runs: 16-bit.
-template <int BLOCK_M, int BLOCK_N, bool QUERIES_IN_REGISTERS, bool PAIRS = false, bool RESCALES_AT_ONCE = true>
+template <int BLOCK_M, int BLOCK_N, bool QUERIES_IN_REGISTERS, bool STORES_BOXES, bool PAIRS = false,
+          bool RESCALES_AT_ONCE = true>
 struct ForwardRow {
   static constexpr bool kCovered = true;
   static constexpr int kBlockM = BLOCK_M, kBlockN = BLOCK_N, kStages = BLOCK_M == 192 ? 3 : 2;
   static constexpr bool kPairs = PAIRS;
   static constexpr bool kQueriesInRegisters = QUERIES_IN_REGISTERS;
+  static constexpr bool kStoresBoxes = STORES_BOXES;  // of the output, by the copy engine
   // Where a row's reference moves, which is rare, its output is multiplied before the exponentials, not among them.
   static constexpr bool kRescalesAtOnce = RESCALES_AT_ONCE;
   // Of 65,536 registers: three warpgroups and the producer's, or two.
@@ -24,11 +26,11 @@ template <int D>
 struct ForwardTuning {
   static constexpr bool kCovered = false;
 };
-template <> struct ForwardTuning<64> : ForwardRow<192, 128, false> {};
-template <> struct ForwardTuning<96> : ForwardRow<128, 128, true, true> {};
-template <> struct ForwardTuning<128> : ForwardRow<128, 128, true, true, false> {};
-template <> struct ForwardTuning<192> : ForwardRow<128, 64, true> {};
-template <> struct ForwardTuning<256> : ForwardRow<128, 64, false> {};
+template <> struct ForwardTuning<64> : ForwardRow<192, 128, false, false> {};
+template <> struct ForwardTuning<96> : ForwardRow<128, 128, true, true, true> {};
+template <> struct ForwardTuning<128> : ForwardRow<128, 128, true, true, true, false> {};
+template <> struct ForwardTuning<192> : ForwardRow<128, 64, true, true> {};
+template <> struct ForwardTuning<256> : ForwardRow<128, 64, false, false> {};
 
 template <int BLOCK_M>
 struct BackwardRow {
