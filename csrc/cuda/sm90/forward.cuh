@@ -362,8 +362,8 @@ struct Forward {
     State state;
     for (Turn turn;; turn.step()) {
       barriers.q_full[group].wait(turn.phase());
-      const Tile& tile = message(turn, group).tile;
-      const Share& share = message(turn, group).share;
+      const Tile tile = message(turn, group).tile;  // in registers: messages are read again after every barrier
+      const Share share = message(turn, group).share;
       if (tile.is_last()) {
         await_output_read();  // the memory must not go away before
         return;
@@ -398,19 +398,18 @@ struct Forward {
 
   // All blocks of keys but the first.
   FA_DEVICE void walk(const Tile& tile, const Share& share, const Scoring& scoring, State& state) {
-    const Share own = share;  // in registers, where messages are read again after every barrier
-    int chunk_end = share.has_chunks(p) ? (share.begin / p.split_size + 1) * p.split_size : own.end;
-    for (int key = share.begin + kN; key < own.end;) {
+    int chunk_end = share.has_chunks(p) ? (share.begin / p.split_size + 1) * p.split_size : share.end;
+    for (int key = share.begin + kN; key < share.end;) {
       if (key == chunk_end) {
         step<true, true>(tile, share, scoring, key, state);
         chunk_end += p.split_size;
         key += kN;
-      } else if (!own.all_see(key)) {
+      } else if (!share.all_see(key)) {
         step<true, false>(tile, share, scoring, key, state);
         key += kN;
       } else {
         // A loop of its own, which asks for as little as can be: nothing is multiplied meanwhile.
-        const int stop = min_int(min_int(chunk_end, own.end), own.all_end - kN + 1);
+        const int stop = min_int(min_int(chunk_end, share.end), share.all_end - kN + 1);
         do {
           step<false, false>(tile, share, scoring, key, state);
           key += kN;
