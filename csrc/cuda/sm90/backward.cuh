@@ -387,7 +387,7 @@ struct Backward : BackwardBlock<T_, D, BackwardTuning<D, SCORED>::kBlockM, 128, 
     KeyGradient::for_each([&](int, int, int, int reg) { gradient[reg] *= scale; });
     const int row = int(threadIdx.x) / 32 * 16;
     constexpr int kCols = D % 64 == 0 ? 64 : 32;
-    static_assert(kTurnBytes<64, true> <= 16 * 128);
+    static_assert(kTurnBytes<kCols, kCols == 64> <= 16 * 128);
     char* const scratch = this->scratch(i);
     T* const to = head_rows<T>(dst, work.batch, work.kv_head, seq.first_k + work.key_begin + row);
     FA_UNROLL

@@ -4,7 +4,7 @@
 #include "../attention/dropout.cuh"
 #include "../attention/schedule.cuh"
 #include "../sm80/arch.cuh"
-#include "launch.cuh"
+#include "maps.cuh"
 #include "messages.cuh"
 #include "rows.cuh"
 #include "sums.cuh"
@@ -37,15 +37,11 @@ struct BackwardBlock {
     CUtensorMap q, k, v, dout;
 
     explicit Launched(const BackwardParams& p)
-        : p(p), q(queries(p, p.q)), k(keys(p, p.k)), v(keys(p, p.v)), dout(queries(p, p.dout)) {}
-    static CUtensorMap queries(const BackwardParams& p, const TensorRef& t) {
-      return p.cu_seqlens_q ? tensor_map(t, p.dtype, 1, p.total_q, p.heads_q, p.head_dim, kM)
-                            : tensor_map(t, p.dtype, p.batch, p.seqlen_q, p.heads_q, p.head_dim, kM);
-    }
-    static CUtensorMap keys(const BackwardParams& p, const TensorRef& t) {
-      return p.cu_seqlens_q ? tensor_map(t, p.dtype, 1, p.total_k, p.heads_kv, p.head_dim, kN)
-                            : tensor_map(t, p.dtype, p.batch, p.seqlen_k, p.heads_kv, p.head_dim, kN);
-    }
+        : p(p),
+          q(map_queries(p, p.q, kM)),
+          k(map_keys(p, p.k, kN)),
+          v(map_keys(p, p.v, kN)),
+          dout(map_queries(p, p.dout, kM)) {}
   };
 
   static FA_HOST_DEVICE int64_t blocks(const Params& p) {

@@ -383,11 +383,11 @@ struct WideBackward : BackwardBlock<T_, D, 64, 64, 4, 1> {
     }
   }
 
-  static constexpr int kTurnBytes = sm90::kTurnBytes<64, true>;
-  static_assert(2 * kTurnBytes <= kPBytes / 4);
+  static constexpr int kScratch = kTurnBytes<64, true>;  // bytes of a warp
+  static_assert(2 * kScratch <= kPBytes / 4);
   template <bool KEYS>
   FA_DEVICE char* scratch() const {
-    return room_of_pair() + (KEYS ? kTurnBytes : 0);
+    return room_of_pair() + (KEYS ? kScratch : 0);
   }
   template <bool KEYS>
   FA_DEVICE void write(KeyGradient& sum, uint32_t i) {

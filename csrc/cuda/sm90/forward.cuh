@@ -10,8 +10,8 @@
 #include "../attention/score.cuh"
 #include "../sm80/fragment.cuh"
 #include "../tile/tile.cuh"
-#include "launch.cuh"
 #include "limits.cuh"
+#include "maps.cuh"
 #include "rows.cuh"
 #include "tma.cuh"
 #include "tuning.cuh"
@@ -83,16 +83,11 @@ struct Forward {
 
     explicit Launched(const ForwardParams& p)
         : p(p),
-          q(queries(p, p.q, 64)),
-          k(tensor_map(p.k, p.dtype, batches(p), p.cu_seqlens_q ? p.total_k : p.seqlen_k, p.heads_kv, p.head_dim, kN)),
-          v(tensor_map(p.v, p.dtype, batches(p), p.cu_seqlens_q ? p.total_k : p.seqlen_k, p.heads_kv, p.head_dim,
-                       kN)),
-          out(queries(p, p.out, 16)),
+          q(map_queries(p, p.q, 64)),
+          k(map_keys(p, p.k, kN)),
+          v(map_keys(p, p.v, kN)),
+          out(kStoresBoxes && p.num_splits == 1 ? map_queries(p, p.out, 16) : CUtensorMap{}),
           pairs(in_pairs(p)) {}
-    static CUtensorMap queries(const ForwardParams& p, const TensorRef& t, int rows) {
-      return tensor_map(t, p.dtype, batches(p), p.cu_seqlens_q ? p.total_q : p.seqlen_q, p.heads_q, p.head_dim, rows);
-    }
-    static int batches(const ForwardParams& p) { return p.cu_seqlens_q ? 1 : p.batch; }
   };
 
   static int64_t blocks(const Params& p) { return Work::blocks(p); }

@@ -60,9 +60,9 @@ FA_DEVICE void write_rows(const float* value, char* scratch, T* dst, int64_t row
   }
 }
 
+constexpr int kBoxBytes = 16 * 128;
 // A warp's 16 rows of COLS columns, narrowed, as boxes of 64 columns that lie one behind the other from `room` on, a
 // multiple of 1024: store_box() may have them then.
-constexpr int kBoxBytes = 16 * 128;
 template <class T, int COLS>
 FA_DEVICE void put_boxes(const float* value, uint32_t room) {
   const int lane = int(threadIdx.x) % 32, row = lane % 16;
