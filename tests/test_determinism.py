@@ -156,6 +156,19 @@ def test_schedule_does_not_matter(device, dtype, name, blocks, dim):
                 assert torch.equal(part_lse, lse[..., begin:end]), (chunk, begin)
 
 
+@pytest.mark.parametrize("dim", [64, 96, 128])
+def test_later_values_do_not_matter(device, dim):
+    """However large they are: float32 on Hopper scales weights by the values that a row sees."""
+    split = 2 * split_for(device, torch.float32, dim)
+    q, k, v = random_qkv(device, torch.float32, 1, 2 * split + 37, heads_q=2, dim=dim)
+    v *= torch.exp2(torch.randint(-30, 31, (*v.shape[:3], 1)).to(v))
+    with deterministic_mode(True, split):
+        whole = flash_attn_func(q, k, v, causal=True)
+        for end in range(1, q.shape[1] + 1, 7):
+            row = flash_attn_func(q[:, end - 1 : end], k[:, :end], v[:, :end], causal=True)
+            assert torch.equal(row, whole[:, end - 1 : end]), end
+
+
 def test_decoding_equals_prefill(device, dtype):
     """Contiguous and paged decode steps, with a batch of sequences at different lengths, against one prefill."""
     split = split_for(device, dtype)

@@ -81,6 +81,23 @@ def test_float32_is_within_a_millionth(device):
         assert error(out, exact(q, k, v, causal=causal).out) <= 1e-6
 
 
+@pytest.mark.parametrize("dim", [64, 96, 128])
+@pytest.mark.parametrize("factor", [1.0, 1e-25, 1e25])
+def test_float32_rows_of_any_size(device, dim, factor):
+    """Hopper's kernels scale each row by a power of two of its own."""
+    q, k, v = random_qkv(device, torch.float32, 1, 200, 300, dim=dim)
+    reach = torch.randint(-20, 21, (1, 300, 4, 1), generator=torch.Generator().manual_seed(1))
+    v *= torch.exp2(reach.to(v)) * factor
+    q, k = q * factor**-0.5, k * factor**0.5
+    for causal in (False, True):
+        out = flash_attn_func(q, k, v, causal=causal)
+        expected = exact(q, k, v, causal=causal).out
+        plain = attention_reference(q, k, v, causal=causal).out
+        summed = exact(q, k, v.abs(), causal=causal).out  # what an element's terms add up to
+        error_of_plain = float(((plain - expected) / summed).abs().max())
+        assert float(((out - expected) / summed).abs().max()) <= 2 * error_of_plain + 1e-6
+
+
 def test_strided_inputs(device):
     qkv = torch.randn(2, 4, 30, 3 * 40, device=device)  # heads before rows, q k v interleaved, rows padded
     q, k, v = (part.transpose(1, 2)[..., :32] for part in qkv.split(40, dim=-1))

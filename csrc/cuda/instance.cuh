@@ -35,6 +35,12 @@ constexpr int kStashDeviceBytes = 0;
 template <class K>
 constexpr int kStashDeviceBytes<K, std::void_t<decltype(K::kStashDeviceBytes)>> = K::kStashDeviceBytes;
 
+// And may take rows that do not allow 16-byte access, which else modified instances do.
+template <class K, class = void>
+constexpr bool kTakesAnyRows = false;
+template <class K>
+constexpr bool kTakesAnyRows<K, std::void_t<decltype(K::kTakesAnyRows)>> = K::kTakesAnyRows;
+
 template <class K>
 KernelInfo kernel_info(const KernelKey& key) {
   KernelInfo info{};
@@ -45,6 +51,7 @@ KernelInfo kernel_info(const KernelKey& key) {
   info.shared_bytes = K::kSharedBytes;
   info.stash_bytes = K::kStashBytes;
   info.stash_device_bytes = kStashDeviceBytes<K>;
+  info.takes_any_rows = kTakesAnyRows<K>;
   info.blocks = blocks_of<K>;
   info.device = Launcher<K>::device();
   info.launch = Launcher<K>::kLaunch;

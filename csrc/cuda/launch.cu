@@ -81,8 +81,10 @@ const KernelTable& table(int device_index) {
   return *found;
 }
 
-bool is_modified(const AttentionParams& p) {
-  return p.softcap > 0 || p.alibi_slopes != nullptr || p.dropout_p > 0 || !(p.softmax_scale > 0) || !p.aligned;
+// `but_for_rows`: leaving aside that rows do not allow 16-byte access.
+bool is_modified(const AttentionParams& p, bool but_for_rows = false) {
+  return p.softcap > 0 || p.alibi_slopes != nullptr || p.dropout_p > 0 || !(p.softmax_scale > 0) ||
+         !(p.aligned || but_for_rows);
 }
 
 bool in_performance_mode(const AttentionParams& p, const Queue& queue) {
@@ -122,6 +124,8 @@ const KernelInfo& forward_kernel(const ForwardParams& p, const Queue& queue) {
   const auto find_forward = [&](bool modified) -> const KernelInfo& {
     return find(queue, KernelKind::kForward, p.dtype, p.head_dim, modified, in_performance_mode(p, queue));
   };
+  const bool plain_but_for_rows = p.s_dmask == nullptr && !is_modified(p, true);
+  if (plain_but_for_rows && find_forward(false).takes_any_rows) return find_forward(false);
   const bool modified = is_modified(p) || p.s_dmask != nullptr;
   const KernelInfo &any = find_forward(modified), &kernel = p.s_dmask == nullptr ? or_scored(any, p, queue) : any;
   if (!may_fold(p) || stash_fits(kernel, queue)) return kernel;

@@ -35,14 +35,15 @@ struct OnlineSoftmax {
     exponentiate(scores, scale_log2);
   }
 
-  // The parts of it. scale_log2 is positive, so the maximum of the scaled scores is the scaled maximum.
-  template <class Scores>
-  FA_DEVICE void raise_max(const Scores& scores, Scalar scale_log2, Rows& rescale) {
+  // The parts of it. scale_log2, one for all rows or for each, is positive: the maximum of the scaled scores is the
+  // scaled maximum.
+  template <class Scores, class Scale>
+  FA_DEVICE void raise_max(const Scores& scores, const Scale& scale_log2, Rows& rescale) {
     Rows block_max;
     block_max.fill(-infinity<Scalar>());
     scores.max_rows(block_max);
     Rows::for_each([&](int slot, int, bool) {
-      const Scalar scaled = block_max[slot] * scale_log2, former = max[slot];
+      const Scalar scaled = block_max[slot] * of_row(scale_log2, slot), former = max[slot];
       max[slot] = scaled > former + kSlack ? scaled : former;
       rescale[slot] = exp2_fast(former - max[slot]);
       sum[slot] *= rescale[slot];
@@ -52,10 +53,10 @@ struct OnlineSoftmax {
   static FA_DEVICE void apply(Rows& rescale, Output& output) {
     Output::for_each([&](int slot, int, int, int reg) { output[reg] *= rescale[slot]; });
   }
-  template <class Scores>
-  FA_DEVICE void exponentiate(Scores& scores, Scalar scale_log2) {
+  template <class Scores, class Scale>
+  FA_DEVICE void exponentiate(Scores& scores, const Scale& scale_log2) {
     Scores::for_each([&](int slot, int, int, int reg) {
-      scores[reg] = exponential(scores[reg], scale_log2, slot);
+      scores[reg] = exponential(scores[reg], of_row(scale_log2, slot), slot);
     });
     scores.sum_rows(sum);
   }
@@ -71,6 +72,9 @@ struct OnlineSoftmax {
   FA_DEVICE Scalar exponential(Scalar score, Scalar scale_log2, int slot) {
     return exp2_fast(fma_rn(score, scale_log2, -max[slot]));
   }
+
+  static FA_DEVICE Scalar of_row(Scalar scale, int) { return scale; }
+  static FA_DEVICE Scalar of_row(const Rows& scale, int slot) { return scale.value[slot]; }
 
   FA_DEVICE void finish() {
     sum.finish_sum();

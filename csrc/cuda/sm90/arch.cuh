@@ -8,6 +8,7 @@
 #include "backward.cuh"
 #include "backward_wide.cuh"
 #include "forward.cuh"
+#include "forward_fp32.cuh"
 #include "tuning.cuh"
 
 namespace flash_attn {
@@ -21,6 +22,8 @@ struct Mma : Sm80 {
 template <class T, int D>
 constexpr bool kCoversForward = sizeof(T) == 2 && ForwardTuning<D>::kCovered;
 template <class T, int D>
+constexpr bool kCoversFp32Forward = std::is_same_v<T, float> && (D == 64 || D == 96 || D == 128);
+template <class T, int D>
 constexpr bool kCoversBackward = sizeof(T) == 2 && BackwardTuning<D, false>::kCovered;
 template <class T, int D>
 constexpr bool kCoversWideBackward = sizeof(T) == 2 && (D == 192 || D == 256);
@@ -32,7 +35,8 @@ struct Sm90 : sm90::Mma {};
 template <class T, int D>
 struct Forward<Sm90, Problem<T, D, false>>
     : std::conditional_t<sm90::kCoversForward<T, D>, sm90::Forward<T, D, false>,
-                         Forward<sm90::Mma, Problem<T, D, false>>> {};
+                         std::conditional_t<sm90::kCoversFp32Forward<T, D>, sm90::Fp32Forward<D>,
+                                            Forward<sm90::Mma, Problem<T, D, false>>>> {};
 
 template <class T, int D>
 struct Backward<Sm90, Problem<T, D, false>>

@@ -13,6 +13,7 @@
 #include "limits.cuh"
 #include "maps.cuh"
 #include "rows.cuh"
+#include "share.cuh"
 #include "tma.cuh"
 #include "tuning.cuh"
 #include "wgmma.cuh"
@@ -148,51 +149,8 @@ struct Forward {
     if (pairs) sync_cluster();  // nobody writes to a thread block that has ended
   }
 
-  // What is to be done next. The producer works it out, ahead of those who compute.
-  struct Tile {
-    Work work;
-    Sequence seq;
-    VisibleKeys keys;
-
-    FA_DEVICE Tile(const ForwardParams& p, const Work& work)
-        : work(work),
-          seq(p, work.batch),
-          keys(p, Mask(p, seq), work.split, work.query_begin, work.query_begin + kM, kN) {}
-    FA_DEVICE bool has_rows(int group = 0) const { return work.query_begin + group * 64 < seq.len_q; }
-    FA_DEVICE bool has_keys() const { return has_rows() && keys.begin < keys.end; }
-    // Rows behind the last sequence fall to its tiles, those without rows of their own included.
-    FA_DEVICE bool clears(const ForwardParams& p) const {
-      return p.cu_seqlens_q != nullptr && work.batch == p.batch - 1;
-    }
-    FA_DEVICE bool is_last() const { return work.query_begin < 0; }
-  };
-
-  // A warpgroup's keys: what some of its rows see, and what all do. Empty where it has no rows.
-  struct Share {
-    int begin, end, all_begin, all_end;
-    int blocks_before, blocks_after;  // of the tile's keys
-    int values;  // of the last block that are the sequence's own; kN where those behind it do no harm
-
-    FA_DEVICE Share(const ForwardParams& p, const Tile& tile, int group) {
-      const Mask mask(p, tile.seq);
-      const int row = tile.work.query_begin + group * 64;
-      const VisibleKeys keys(p, mask, tile.work.split, row, row + 64, kN);
-      const bool none = row >= mask.len_q || keys.begin >= keys.end;
-      begin = none ? tile.keys.end : keys.begin;
-      end = none ? tile.keys.end : keys.end;
-      all_begin = mask.row_begin(row + 63);
-      all_end = mask.row_end(row);
-      blocks_before = tile.has_keys() ? ceil_div(begin - tile.keys.begin, kN) : 0;
-      blocks_after = tile.has_keys() ? ceil_div(tile.keys.end, kN) - ceil_div(end, kN) : 0;
-      const bool foreign = p.cu_seqlens_q != nullptr || p.seqused_k != nullptr;
-      values = foreign ? min_int(kN, mask.len_k - (end - 1) / kN * kN) : kN;
-    }
-    FA_DEVICE bool has_keys() const { return begin < end; }
-    FA_DEVICE bool all_see(int key) const { return key >= all_begin && key + kN <= all_end; }
-    FA_DEVICE bool has_chunks(const ForwardParams& p) const {
-      return may_fold(p) && begin / p.split_size != (end - 1) / p.split_size;
-    }
-  };
+  using Tile = ForwardTile<kM, kN>;
+  using Share = KeyShare<kM, kN>;
 
   // From the producer to a warpgroup.
   struct Message {
@@ -500,7 +458,7 @@ struct Forward {
     hold(scores.value);
     release_factors(share, state.place.stage, key);
     scoring.modifier.apply(scores, tile.work.query_begin, key);
-    if (!share.all_see(key)) hide(tile, share, key, scores);
+    if (!share.all_see(key)) share.template hide<IntRows>(p, tile, key, scores);
     state.softmax.raise_max(scores, scale_log2, rescale);
     if (kHurries) state.limits.set(state.softmax, scale_log2);
     state.softmax.exponentiate(scores, scale_log2);
@@ -532,7 +490,7 @@ struct Forward {
     hold(scores.value);
     release_factors(share, stage, key);
     scoring.modifier.apply(scores, tile.work.query_begin, key);
-    if (NEW_CHUNK ? !share.all_see(key) : MASKED) hide(tile, share, key, scores);
+    if (NEW_CHUNK ? !share.all_see(key) : MASKED) share.template hide<IntRows>(p, tile, key, scores);
     OnlineSoftmax<float, Rows> next = state.softmax;
     if (NEW_CHUNK) next.clear();
     const bool moves = NEW_CHUNK || !kHurries || __any_sync(0xffffffffu, state.limits.reached(scores));
@@ -610,26 +568,6 @@ struct Forward {
   // output += P V
   FA_DEVICE void multiply_values(Output& output, Probabilities& probabilities, int stage) {
     multiply_registers<T, D, kN>(output.value, probabilities.value[0], v_address(stage), kKPanel);
-  }
-
-  // Ends are relative to a lane's first column: one comparison with a constant for each element.
-  FA_DEVICE void hide(const Tile& tile, const Share& share, int key, Scores& scores) {
-    const Mask mask(p, tile.seq);
-    const int lane_col = int(threadIdx.x) % 4 * 2, origin = key + lane_col, query = tile.work.query_begin;
-    if (key < share.all_begin) {
-      IntRows begin;
-      IntRows::for_each([&](int slot, int row, bool) { begin[slot] = mask.row_begin(query + row) - origin; });
-      Scores::for_each([&](int slot, int, int col, int reg) {
-        if (col - lane_col < begin[slot]) scores[reg] = -infinity<float>();
-      });
-    }
-    if (key + kN > share.all_end) {
-      IntRows end;
-      IntRows::for_each([&](int slot, int row, bool) { end[slot] = mask.row_end(query + row) - origin; });
-      Scores::for_each([&](int slot, int, int col, int reg) {
-        if (col - lane_col >= end[slot]) scores[reg] = -infinity<float>();
-      });
-    }
   }
 
   // The running fold of chunks: each warp has its part of the memory, in which its rows are turned later.

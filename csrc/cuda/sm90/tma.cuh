@@ -81,6 +81,15 @@ FA_DEVICE void load_box_to_both(uint32_t dst, const CUtensorMap& map, Barrier& b
       : "memory");
 }
 
+// `bytes` of device memory, a multiple of 16 like both addresses. Likewise.
+FA_DEVICE void load_bytes(char* dst, const void* src, int bytes, Barrier& barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          shared_address(dst)),
+      "l"(src), "r"(bytes), "r"(shared_address(&barrier))
+      : "memory");
+}
+
 // A box back to [batch, head, row, column], as it lies in shared memory; what is outside is not written.
 FA_DEVICE void store_box(const CUtensorMap& map, uint32_t src, int column, int row, int head, int batch) {
   asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),

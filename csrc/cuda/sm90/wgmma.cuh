@@ -49,17 +49,18 @@ FA_DEVICE void multiply_panels(float (&c)[N / 2], const uint32_t (&a)[K / 16][4]
   wgmma_commit();
 }
 
-// c += a b, a in registers, b's rows along k, its columns in panels `b_panel` bytes apart. Likewise.
+// c += a b, or c = a b, a in registers, b's rows along k, its columns in panels `b_panel` bytes apart. Likewise.
 template <class T, int N, int K>
-FA_DEVICE void multiply_registers(float (&c)[N / 2], uint32_t (&a)[K / 16][4], uint32_t b, uint32_t b_panel) {
+FA_DEVICE void multiply_registers(float (&c)[N / 2], uint32_t (&a)[K / 16][4], uint32_t b, uint32_t b_panel,
+                                  bool adds = true) {
   const uint64_t right = descriptor(b, b_panel);
-  hold(c);
+  if (adds) hold(c);
   FA_UNROLL
   for (int step = 0; step < K / 16; ++step) hold(a[step]);
   wgmma_fence();
   FA_UNROLL
   for (int step = 0; step < K / 16; ++step) {
-    Wgmma<N>::template registers<T, true>(c, a[step], advance(right, step * 16 * 128), true);
+    Wgmma<N>::template registers<T, true>(c, a[step], advance(right, step * 16 * 128), adds || step > 0);
   }
   wgmma_commit();
 }

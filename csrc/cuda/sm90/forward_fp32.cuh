@@ -1,0 +1,444 @@
+// The fp32 forward on Hopper. Four warps load keys and values and split them into fp16 parts (parts.cuh); two
+// warpgroups of 64 query rows multiply those, three products for one, and each's softmax runs under the other's
+// multiplies. Tensor cores add with truncation: large and small products of a score are summed apart, and a block's
+// values apart from those before.
+//
+// A row's weights P take the exponents of V's rows with them, and are scaled to fp16's range by the largest of those
+// that the row has seen. So its bits depend on no key that it does not see.
+#pragma once
+
+#include "../attention/epilogue.cuh"
+#include "../attention/score.cuh"
+#include "../sm80/fragment.cuh"
+#include "parts.cuh"
+#include "share.cuh"
+#include "wgmma.cuh"
+
+namespace flash_attn {
+namespace sm90 {
+
+template <int D>
+struct Fp32Forward {
+  using T = float;
+  using Params = ForwardParams;
+  static constexpr int kM = 128, kN = 64, kBlockM = kM, kBlockN = kN;
+  static constexpr int kGroups = 2, kWarps = 4 * kGroups, kLoaders = 8;  // warps that compute, and that load
+  static constexpr int kThreads = (kWarps + kLoaders) * 32, kMinBlocks = 1;
+  static constexpr int kLoaderRegisters = 56, kConsumerRegisters = 200;
+  static constexpr bool kTakesAnyRows = true;  // of any alignment
+
+  using Work = ForwardWork<kM>;
+  using Tile = ForwardTile<kM, kN>;
+  using Share = KeyShare<kM, kN>;
+  using Parts = PartsTile<D>;
+  using Scores = sm80::Accumulator<float, kM, kN, kWarps, kWarps>;
+  using Output = sm80::Accumulator<float, kM, D, kWarps, kWarps>;
+  using Rows = sm80::Rows<float, kM, kWarps>;
+  using IntRows = sm80::Rows<int, kM, kWarps>;
+
+  // A ring of tiles, K's and V's in turn; before it, copies of what they will be made from. A row with several chunks
+  // has the running fold behind fewer of both.
+  struct Ring {
+    int raws, slots;
+    constexpr int bytes() const { return raws * kRawBytes + slots * Parts::kBytes; }
+  };
+  static constexpr int kRawBytes = kN * D * 4, kMaxRaws = 2, kMaxSlots = 6;
+  static constexpr Ring kRing = D == 64 ? Ring{2, 6} : Ring{2, 3}, kFoldRing = D == 64 ? kRing : Ring{1, 2};
+  struct Control {
+    Barrier full[kMaxSlots], free[kMaxSlots], copied[kMaxRaws][kLoaders];
+    float from_parts[kMaxSlots][kN], queries_from_parts[kM];
+  };
+  static constexpr int kQBytes = kGroups * Parts::kBytes;
+  static constexpr int kControlBytes = (int(sizeof(Control)) + 1023) / 1024 * 1024;
+  static constexpr int kRawAt = kQBytes + kControlBytes, kSharedBytes = kRawAt + kRing.bytes();
+  static constexpr int kFoldAt = kRawAt + kFoldRing.bytes();
+  static constexpr int kStashBytes = kFoldAt + (kM * D + 2 * kM) * 4 - kSharedBytes;
+
+  static int64_t blocks(const Params& p) { return Work::blocks(p); }
+
+  struct Lanes {
+    static constexpr int kThreads = Fp32Forward::kThreads;
+    static FA_DEVICE int lane() { return int(threadIdx.x); }
+  };
+
+  const Params& p;
+  char* const shared;
+  Control& control;
+  const Tile tile;
+  const Ring ring;
+
+  static FA_DEVICE void run(const Params& p, int64_t block, char* shared) {
+    const Tile tile(p, Work(p, uint32_t(block)));
+    if (tile.clears(p)) clear_rows_of_no_sequence<T, Lanes>(p, tile.work);
+    if (tile.has_rows()) Fp32Forward(p, tile, shared).run();
+  }
+
+  FA_DEVICE Fp32Forward(const Params& p, const Tile& tile, char* shared)
+      : p(p),
+        shared(shared),
+        control(*reinterpret_cast<Control*>(shared + kQBytes)),
+        tile(tile),
+        ring(may_fold(p) ? kFoldRing : kRing) {}
+
+  FA_DEVICE void run() {
+    if (threadIdx.x == 0) {
+      for (int slot = 0; slot < kMaxSlots; ++slot) {
+        control.full[slot].init(kLoaders * 32);  // every lane that has written, and read: racecheck follows that
+        control.free[slot].init(kWarps * 32);
+      }
+      for (auto& of_raw : control.copied) {
+        for (Barrier& copied : of_raw) copied.init(1);
+      }
+      fence_barrier_init();
+    }
+    __syncthreads();
+    if (warpgroup() >= kGroups) {
+      keep_registers<kLoaderRegisters>();
+      load();
+    } else {
+      take_registers<kConsumerRegisters>();
+      Consumer(*this).run();
+    }
+  }
+
+  // A place among `count`, and which phase of its barriers.
+  struct Place {
+    int at = 0;
+    uint32_t phase = 0;
+    FA_DEVICE void step(int count) {
+      if (++at == count) {
+        at = 0;
+        phase ^= 1;
+      }
+    }
+  };
+  FA_DEVICE char* slot_tile(const Place& place) const {
+    return shared + kRawAt + ring.raws * kRawBytes + place.at * Parts::kBytes;
+  }
+
+  // ---- loading: a warp has eight rows of every tile; while it splits them, the next are on their way --------------
+
+  static constexpr int kRowsOfWarp = kN / kLoaders, kBatch = 8;
+  using Batch = WarpRows<D, kBatch>;
+
+  // A warp's rows of tiles in the order of the ring: keys and values of one block, then of the next.
+  struct Source {
+    const float *k, *v;
+    int key;
+    bool values = false;
+    FA_DEVICE void step() {
+      if (values) key += kN;
+      values = !values;
+    }
+  };
+
+  FA_DEVICE void load() {
+    const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0) - kWarps, first = warp * kRowsOfWarp;
+    const int kv_head = tile.work.head / (p.heads_q / p.heads_kv);
+    const int64_t row = tile.seq.first_k;
+    Source source{head_rows<const T>(p.k, tile.work.batch, kv_head, row),
+                  head_rows<const T>(p.v, tile.work.batch, kv_head, row), tile.keys.begin + first};
+    Source ahead = source;
+    const int end = tile.keys.end + first;
+    Place slot, raw, raw_ahead;
+    const auto fetch = [&] {
+      if (ahead.key < end) copy(ahead, warp, raw_ahead.at);
+      ahead.step();
+      raw_ahead.step(ring.raws);
+    };
+    for (int i = 0; i < ring.raws; ++i) fetch();
+    for (; source.key < end; slot.step(ring.slots)) {
+      if (p.aligned) control.copied[raw.at][warp].wait(raw.phase);
+      control.free[slot.at].wait(slot.phase ^ 1);
+      FA_UNROLL
+      for (int row = 0; row < kRowsOfWarp; row += kBatch) {
+        Batch batch;
+        if (p.aligned) {
+          batch.read(raw_rows(raw.at, first + row), tile.seq.len_k - source.key - row, p.head_dim);
+        } else {
+          const int64_t stride = source.values ? p.v.row_stride : p.k.row_stride;
+          batch.template load<false>((source.values ? source.v : source.k) + (source.key + row) * stride, stride,
+                     tile.seq.len_k - source.key - row, p.head_dim);
+        }
+        Parts::put(slot_tile(slot), control.from_parts[slot.at], first + row, batch);
+      }
+      fence_async_proxy();
+      control.full[slot.at].arrive();
+      __syncwarp();  // the copies have been read
+      fetch();
+      source.step();
+      raw.step(ring.raws);
+    }
+  }
+
+  FA_DEVICE char* raw_rows(int raw, int row) const { return shared + kRawAt + raw * kRawBytes + row * D * 4; }
+  // Those of a warp's rows that there are, a lane a row.
+  FA_DEVICE void copy(const Source& source, int warp, int raw) const {
+    if (!p.aligned) return;
+    const int lane = int(threadIdx.x) % 32, rows = max_int(0, min_int(kRowsOfWarp, tile.seq.len_k - source.key));
+    Barrier& copied = control.copied[raw][warp];
+    if (lane == 0) copied.arrive_expecting(rows * p.head_dim * 4);
+    __syncwarp();
+    const int64_t stride = source.values ? p.v.row_stride : p.k.row_stride;
+    const float* const from = (source.values ? source.v : source.k) + (source.key + lane) * stride;
+    if (lane < rows) load_bytes(raw_rows(raw, warp * kRowsOfWarp + lane), from, p.head_dim * 4, copied);
+  }
+
+  // ---- computing --------------------------------------------------------------------------------------------------
+
+  struct Consumer {
+    const Fp32Forward& block;
+    const Params& p;
+    const Tile& tile;
+    const int group;
+    const Share share;
+    Place place;
+    Output output;  // of the chunk, from_parts undone
+    OnlineSoftmax<float, Rows> softmax;
+    Rows largest;  // of the values' from_parts that the row has seen in the chunk
+    Rows scale_log2;  // of scores of Q's parts
+
+    explicit FA_DEVICE Consumer(const Fp32Forward& block)
+        : block(block),
+          p(block.p),
+          tile(block.tile),
+          group(warpgroup()),
+          share(block.p, block.tile, group) {}
+
+    FA_DEVICE void run() {
+      const int rows = min_int(kM, tile.seq.len_q - tile.work.query_begin);
+      const bool folds = share.has_keys() && share.has_chunks(p);
+      start_chunk();
+      if (share.has_keys()) {
+        if (p.aligned) {
+          load_queries<true>(rows);
+        } else {
+          load_queries<false>(rows);
+        }
+      }
+      if (folds) clear_stash();
+      pass_by(share.blocks_before);
+      for (int key = share.begin; key < share.end; key += kN) {
+        if (folds && key != share.begin && key % p.split_size == 0) fold();
+        visit(key);
+      }
+      pass_by(share.blocks_after);
+      if (!tile.has_rows(group)) return;
+      end_chunk();
+      if (folds) fold_last();
+      // Worked out again rather than held across the loop.
+      write(Tile(p, Work(p, uint32_t(unhoisted(int(blockIdx.x))))));
+    }
+
+    // Each warp its own.
+    template <bool ALIGNED>
+    FA_DEVICE void load_queries(int rows) {
+      constexpr int kBatches = 16 / kBatch;
+      const T* q = head_rows<const T>(p.q, tile.work.batch, tile.work.head, tile.seq.first_q + tile.work.query_begin);
+      const int first = __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0) * 16;
+      Batch batches[kBatches];
+      FA_UNROLL
+      for (int i = 0; i < kBatches; ++i) {
+        const int row = first + i * kBatch;
+        batches[i].template load<ALIGNED>(q + row * p.q.row_stride, p.q.row_stride, rows - row, p.head_dim);
+      }
+      FA_UNROLL
+      for (int i = 0; i < kBatches; ++i) {
+        Parts::put(queries(), block.control.queries_from_parts + group * 64, first % 64 + i * kBatch, batches[i]);
+      }
+      fence_async_proxy();
+      sync_named(1 + group, 128);
+      const float scale = ScoreModifier<T, false>(p, 0, 0, 0).scale_log2();
+      Rows::for_each([&](int slot, int row, bool) {
+        scale_log2[slot] = block.control.queries_from_parts[row] * scale;
+      });
+    }
+    FA_DEVICE char* queries() const { return block.shared + group * Parts::kBytes; }
+
+    FA_DEVICE void await() const { block.control.full[place.at].wait(place.phase); }
+    FA_DEVICE void release() {
+      block.control.free[place.at].arrive();
+      place.step(block.ring.slots);
+    }
+    // Blocks of keys that none of the warpgroup's rows sees.
+    FA_DEVICE void pass_by(int blocks) {
+#pragma unroll 1
+      for (int tiles = 2 * blocks; tiles > 0; --tiles) {
+        await();
+        release();
+      }
+    }
+
+    FA_DEVICE void visit(int key) {
+      Scores scores;
+      score(scores);
+      const bool hides = !share.all_see(key);
+      if (hides) share.template hide<IntRows>(p, tile, key, scores);
+      Rows rescale;
+      softmax.raise_max(scores, scale_log2, rescale);
+
+      await();
+      float from_parts[kN / 4];  // of the lane's columns
+      read_columns(from_parts);
+      raise_largest(scores, from_parts, hides, rescale);
+      if (__any_sync(0xffffffffu, rescale[0] != 1.0f || rescale[1] != 1.0f)) softmax.apply(rescale, output);
+      softmax.exponentiate(scores, scale_log2);
+
+      uint32_t high[kN / 16][4], low[kN / 16][4];
+      const float to_parts[2] = {weights_to_parts(0), weights_to_parts(1)};
+      FA_UNROLL
+      for (int i = 0; i < Scores::kRegs / 2; ++i) {  // pairs of columns, of the first row and the second in turn
+        const float scale = to_parts[i % 2], *of_column = from_parts + i / 2 * 2;
+        split(scores[2 * i] * (of_column[0] * scale), scores[2 * i + 1] * (of_column[1] * scale), high[i / 4][i % 4],
+              low[i / 4][i % 4]);
+      }
+      Output sum;  // rounded to nearest when it is added to those before
+      const uint32_t v = shared_address(block.slot_tile(place));
+      multiply_registers<Half, D, kN>(sum.value, low, v, Parts::kPanelBytes, false);
+      multiply_registers<Half, D, kN>(sum.value, high, v + Parts::kLow, Parts::kPanelBytes);
+      multiply_registers<Half, D, kN>(sum.value, high, v, Parts::kPanelBytes);
+      wgmma_wait<0>();
+      hold(sum.value);
+      release();
+      FA_UNROLL
+      for (int reg = 0; reg < Output::kRegs; ++reg) output[reg] += sum[reg];
+    }
+
+    // scores = Q K^T, of Q's parts
+    FA_DEVICE void score(Scores& scores) {
+      await();
+      const uint32_t q = shared_address(queries()), k = shared_address(block.slot_tile(place));
+      float high[kN], low[kN / 2];  // Q's high parts by both of K's, side by side; Q's low ones by K's high ones
+      wgmma_fence();
+      multiply_panels<Half, 2 * kN, D>(high, q, Parts::kPanelBytes, k, Parts::kPanelBytes);
+      multiply_panels<Half, kN, D>(low, q + Parts::kLow, Parts::kPanelBytes, k, Parts::kPanelBytes);
+      float from_parts[kN / 4];
+      read_columns(from_parts);
+      wgmma_wait<0>();
+      hold(high);
+      hold(low);
+      release();
+      Scores::for_each([&](int, int, int, int reg) {
+        const float sum = high[reg] + (high[kN / 2 + reg] + low[reg]);
+        scores[reg] = sum * from_parts[reg / 4 * 2 + reg % 2];
+      });
+    }
+
+    // Of the keys that this lane has scores of.
+    FA_DEVICE void read_columns(float (&from_parts)[kN / 4]) const {
+      const float* const mine = block.control.from_parts[place.at] + threadIdx.x % 4 * 2;
+      FA_UNROLL
+      for (int n = 0; n < kN / 8; ++n) {
+        const float2 pair = *reinterpret_cast<const float2*>(mine + 8 * n);
+        from_parts[2 * n] = pair.x;
+        from_parts[2 * n + 1] = pair.y;
+      }
+    }
+
+    // P <= 2^8, times a value's from_parts, which is at most `largest`.
+    FA_DEVICE float weights_to_parts(int slot) { return inverse_power(largest[slot]) * 128.0f; }
+    FA_DEVICE void raise_largest(const Scores& scores, const float (&from_parts)[kN / 4], bool hides, Rows& rescale) {
+      Rows seen;
+      seen.fill(0);
+      if (hides) {
+        Scores::for_each([&](int slot, int, int, int reg) {
+          const float of_column = from_parts[reg / 4 * 2 + reg % 2];
+          seen[slot] = fmaxf(seen[slot], scores[reg] == -infinity<float>() ? 0.0f : of_column);
+        });
+      } else {
+        FA_UNROLL
+        for (int i = 0; i < kN / 4; ++i) seen[0] = fmaxf(seen[0], from_parts[i]);
+        seen[1] = seen[0];
+      }
+      FA_UNROLL
+      for (int slot = 0; slot < Rows::kSlots; ++slot) {
+        seen[slot] = fmaxf(seen[slot], __shfl_xor_sync(0xffffffffu, seen[slot], 1));
+        seen[slot] = fmaxf(seen[slot], __shfl_xor_sync(0xffffffffu, seen[slot], 2));
+        const float former = largest[slot];
+        largest[slot] = fmaxf(former, seen[slot]);
+        rescale[slot] *= former * inverse_power(largest[slot]);
+      }
+    }
+
+    FA_DEVICE void start_chunk() {
+      softmax.clear();
+      output.fill(0);
+      largest.fill(RowExponents<Batch>::least_from_parts());
+    }
+    FA_DEVICE void end_chunk() {
+      softmax.finish();
+      Rows scale;
+      Rows::for_each([&](int slot, int, bool) { scale[slot] = largest[slot] * (1 / 128.0f); });
+      softmax.apply(scale, output);
+    }
+
+    // The running fold of chunks, a warp's rows its own.
+    FA_DEVICE float* stash() const { return reinterpret_cast<float*>(block.shared + kFoldAt); }
+    FA_DEVICE float& stashed(int reg) const { return stash()[reg * (kWarps * 32) + int(threadIdx.x)]; }
+    FA_DEVICE float& stashed_max(int row) const { return stash()[kM * D + row]; }
+    FA_DEVICE float& stashed_sum(int row) const { return stashed_max(kM + row); }
+
+    FA_DEVICE void clear_stash() {
+      keep_rows(-infinity<float>(), 0.0f, -infinity<float>(), 0.0f);
+      FA_UNROLL
+      for (int reg = 0; reg < Output::kRegs; ++reg) stashed(reg) = 0;
+    }
+    FA_DEVICE void fold() {
+      end_chunk();
+      Rows keep, add;
+      fold_rows(keep, add);
+      keep_rows(softmax.max[0], softmax.sum[0], softmax.max[1], softmax.sum[1]);
+      Output::for_each([&](int slot, int, int, int reg) {
+        stashed(reg) = fma_rn(output[reg], add[slot], stashed(reg) * keep[slot]);
+      });
+      start_chunk();
+    }
+    FA_DEVICE void fold_last() {
+      Rows keep, add;
+      fold_rows(keep, add);
+      Output::for_each([&](int slot, int, int, int reg) {
+        output[reg] = fma_rn(output[reg], add[slot], stashed(reg) * keep[slot]);
+      });
+    }
+    FA_DEVICE void fold_rows(Rows& keep, Rows& add) {
+      Rows::for_each([&](int slot, int row, bool) {
+        float max = stashed_max(row), sum = stashed_sum(row);
+        fold_weights(max, sum, softmax.max[slot], softmax.sum[slot], keep[slot], add[slot]);
+        softmax.max[slot] = max;
+        softmax.sum[slot] = sum;
+      });
+      __syncwarp();  // all lanes have read
+    }
+    FA_DEVICE void keep_rows(float max0, float sum0, float max1, float sum1) {
+      Rows::for_each([&](int slot, int row, bool owner) {
+        if (!owner) return;
+        stashed_max(row) = slot == 0 ? max0 : max1;
+        stashed_sum(row) = slot == 0 ? sum0 : sum1;
+      });
+      __syncwarp();
+    }
+
+    FA_DEVICE void write(const Tile& tile) {
+      const Work& work = tile.work;
+      const int rows = min_int(kM, tile.seq.len_q - work.query_begin);
+      if (p.num_splits > 1) return write_partial(p, work, rows, softmax, output);
+      Rows scale;
+      finish_rows(p, work, tile.seq, rows, 1.0f, softmax, scale);
+      softmax.apply(scale, output);
+      T* const out = head_rows<T>(p.out, work.batch, work.head, tile.seq.first_q + work.query_begin);
+      Output::for_each([&](int, int row, int col, int reg) {
+        if (reg % 2 != 0 || row >= rows || col >= p.head_dim) return;
+        T* const at = out + row * p.out.row_stride + col;
+        if (p.aligned) {
+          *reinterpret_cast<float2*>(at) = {output[reg], output[reg + 1]};
+        } else {
+          at[0] = output[reg];
+          if (col + 1 < p.head_dim) at[1] = output[reg + 1];
+        }
+      });
+    }
+  };
+};
+
+}  // namespace sm90
+}  // namespace flash_attn

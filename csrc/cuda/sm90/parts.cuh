@@ -1,0 +1,149 @@
+// fp32 on tensor cores that multiply fp16: a row is 2^e times (high + low), both fp16 of 11 significant bits, so that
+// high * high' + high * low' + low * high' misses x * x' by about 2^-22 (Ootomo and Yokota, arXiv 2203.03341). A power
+// of two for each row, its largest element's, keeps both parts in fp16's range; it depends on nothing but the row.
+#pragma once
+
+#include "../sm80/ptx.cuh"
+#include "tma.cuh"
+
+namespace flash_attn {
+namespace sm90 {
+
+// COUNT rows of D columns in the registers of a warp, four columns a lane.
+template <int D, int COUNT>
+struct WarpRows {
+  static constexpr int kAtOnce = D == 64 ? 2 : 1, kVectors = COUNT / kAtOnce;
+  static constexpr int kLanesOfRow = 32 / kAtOnce;
+  float x[kVectors][4];
+
+  static FA_DEVICE int lane() { return int(threadIdx.x) % kLanesOfRow; }  // of its row
+  static FA_DEVICE int first_row() { return kAtOnce == 1 ? 0 : int(threadIdx.x) % 32 / kLanesOfRow; }
+  static FA_DEVICE int row(int vector) { return vector * kAtOnce + first_row(); }
+
+  // Rows from `rows` on and columns from `cols` on are zero, and not read. From shared memory, 16 bytes at a time:
+  FA_DEVICE void read(const char* src, int rows, int cols) {
+    const bool has_cols = lane() * 4 < cols;
+    FA_UNROLL
+    for (int i = 0; i < kVectors; ++i) {
+      const auto* at = reinterpret_cast<const float4*>(src + row(i) * D * 4) + lane();
+      const float4 v = has_cols && row(i) < rows ? *at : float4{};
+      x[i][0] = v.x, x[i][1] = v.y, x[i][2] = v.z, x[i][3] = v.w;
+    }
+  }
+  // From device memory, rows of any alignment or not:
+  template <bool ALIGNED>
+  FA_DEVICE void load(const float* src, int64_t row_stride, int rows, int cols) {
+    FA_UNROLL
+    for (int i = 0; i < kVectors; ++i) {
+      const float* const at = src + row(i) * row_stride + lane() * 4;
+      if constexpr (ALIGNED) {
+        const float4 v = row(i) < rows && lane() * 4 < cols ? __ldg(reinterpret_cast<const float4*>(at)) : float4{};
+        x[i][0] = v.x, x[i][1] = v.y, x[i][2] = v.z, x[i][3] = v.w;
+      } else {
+        FA_UNROLL
+        for (int part = 0; part < 4; ++part) {
+          x[i][part] = row(i) < rows && lane() * 4 + part < cols ? __ldg(at + part) : 0.0f;
+        }
+      }
+    }
+  }
+};
+
+// Exponents of a lane's rows as they stand in a float. Parts are scaled below 2^15; rows below 2^-105 are scaled as
+// those are, so that what scales them back, and its inverse, are normal.
+template <class Rows>
+struct RowExponents {
+  static constexpr int kParts = 15, kLeast = 21;
+  int biased[Rows::kVectors];  // a row is below 2^(biased - 126)
+
+  explicit FA_DEVICE RowExponents(const Rows& rows) {
+    float all = 0;
+    FA_UNROLL
+    for (int i = 0; i < Rows::kVectors; ++i) {
+      const float(&x)[4] = rows.x[i];
+      const float most = ::fmaxf(::fmaxf(absolute(x[0]), absolute(x[1])), ::fmaxf(absolute(x[2]), absolute(x[3])));
+      all = ::fmaxf(all, most);
+      set(i, most);
+    }
+    if (__any_sync(0xffffffffu, all == infinity<float>())) set_of_finite(rows);
+  }
+  FA_DEVICE float to_parts(int i) const { return bits_to_float(uint32_t(126 + kParts + 127 - biased[i]) << 23); }
+  FA_DEVICE float from_parts(int i) const { return bits_to_float(uint32_t(biased[i] - 126 - kParts + 127) << 23); }
+  static FA_DEVICE float least_from_parts() { return bits_to_float(uint32_t(kLeast - 126 - kParts + 127) << 23); }
+
+ private:
+  FA_DEVICE void set(int i, float largest) {
+    uint32_t bits = float_to_bits(largest);
+    if constexpr (Rows::kAtOnce == 1) {
+      bits = __reduce_max_sync(0xffffffffu, bits);
+    } else {
+      FA_UNROLL
+      for (int distance = Rows::kLanesOfRow / 2; distance > 0; distance /= 2) {
+        bits = max(bits, __shfl_xor_sync(0xffffffffu, bits, distance));
+      }
+    }
+    biased[i] = max(int(bits >> 23), kLeast);
+  }
+  // What is not finite is no measure for the rest of its row.
+  FA_DEVICE void set_of_finite(const Rows& rows) {
+    FA_UNROLL
+    for (int i = 0; i < Rows::kVectors; ++i) {
+      float most = 0;
+      FA_UNROLL
+      for (int part = 0; part < 4; ++part) {
+        const float size = absolute(rows.x[i][part]);
+        most = size < infinity<float>() ? ::fmaxf(most, size) : most;
+      }
+      set(i, most);
+    }
+  }
+};
+
+// Of a power of two.
+FA_DEVICE float inverse_power(float x) { return bits_to_float((254u << 23) - float_to_bits(x)); }
+
+// x and y as high and low parts, two to a register.
+FA_DEVICE void split(float x, float y, uint32_t& high, uint32_t& low) {
+  high = sm80::pack(Half{}, x, y);
+  low = sm80::pack(Half{}, x - widen(Half{uint16_t(high & 0xffff)}), y - widen(Half{uint16_t(high >> 16)}));
+}
+
+FA_DEVICE void store_shared(uint32_t at, uint32_t x, uint32_t y) {
+  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(at), "r"(x), "r"(y) : "memory");
+}
+
+// 64 rows as a factor in shared memory: panels of 64 columns, in each the rows' high parts, then their low ones, 128
+// bytes a row, swizzled as wgmma wants them.
+template <int D>
+struct PartsTile {
+  static constexpr int kRows = 64, kPanels = (D + 63) / 64;
+  static constexpr int kLow = kRows * 128, kPanelBytes = 2 * kLow, kBytes = kPanels * kPanelBytes;
+
+  // A warp's rows become those from `first` on, a multiple of COUNT. from_parts[row]: what scales a row back.
+  template <int COUNT>
+  static FA_DEVICE void put(char* tile, float* from_parts, int first, const WarpRows<D, COUNT>& rows) {
+    using Rows = WarpRows<D, COUNT>;
+    static_assert(8 % COUNT == 0);
+    const RowExponents<Rows> exponents(rows);
+    const int col = Rows::lane() * 4, row = first + Rows::first_row();
+    const bool has_cols = D % 64 == 0 || col < D;
+    const uint32_t at = shared_address(tile) + col / 64 * kPanelBytes + row * 128 + ((col % 64 / 8) ^ row % 8) * 16 +
+                        col % 8 * 2;
+    FA_UNROLL
+    for (int i = 0; i < Rows::kVectors; ++i) {
+      const float scale = exponents.to_parts(i), *x = rows.x[i];
+      uint32_t high[2], low[2];
+      split(x[0] * scale, x[1] * scale, high[0], low[0]);
+      split(x[2] * scale, x[3] * scale, high[1], low[1]);
+      const uint32_t row_at = (at ^ i * Rows::kAtOnce * 16) + i * Rows::kAtOnce * 128;
+      if (has_cols) {
+        store_shared(row_at, high[0], high[1]);
+        store_shared(row_at + kLow, low[0], low[1]);
+      }
+      if (Rows::lane() == 0) from_parts[first + Rows::row(i)] = exponents.from_parts(i);
+    }
+  }
+};
+
+}  // namespace sm90
+}  // namespace flash_attn
