@@ -28,11 +28,54 @@ def test_features(device, dtype, name):
     check(q, k, v, **feature(name, q))
 
 
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("factor", [1.0, 1e-8, 1e8])
+def test_float32_rows_of_any_size(device, dim, factor):
+    """Hopper's kernels scale rows and tiles by powers of two."""
+    q, k, v = random_qkv(device, torch.float32, 1, 150, 200, heads_q=2, dim=dim)
+    generator = torch.Generator().manual_seed(1)
+    dout = torch.randn(q.shape).to(q)
+    for x in (v, dout):
+        x *= torch.exp2(torch.randint(-12, 13, (*x.shape[:3], 1), generator=generator).to(x)) * factor
+    q, k = q * factor, k / factor
+    actual, plain, expected = [], [], []
+    for found, call, element in (
+        (actual, flash_attn_func, torch.float32),
+        (plain, lambda *x, **settings: attention_reference(*x, **settings).out, torch.float32),
+        (expected, lambda *x, **settings: attention_reference(*x, **settings).out, torch.float64),
+    ):
+        leaves = tuple(x.detach().to(element).requires_grad_() for x in (q, k, v))
+        found += gradients(call(*leaves, causal=True), leaves, dout.to(element))
+
+    # What an element's terms add up to: dS = P * (dO V^T - delta), each product at its largest.
+    q, k, v, dout = (x.double().transpose(1, 2) for x in (q, k, v, dout))
+    hidden = torch.ones(150, 200, dtype=torch.bool, device=device).triu(51)
+    p = (q @ k.mT * dim**-0.5).masked_fill(hidden, -torch.inf).softmax(-1)
+    ds = p * (dout.abs() @ v.abs().mT + (dout.abs() * (p @ v.abs())).sum(-1, keepdim=True)) * dim**-0.5
+    sizes = ds @ k.abs(), ds.mT @ q.abs(), p.mT @ dout.abs()
+    for name, got, rough, wanted, size in zip(("dq", "dk", "dv"), actual, plain, expected, sizes, strict=True):
+        size = size.transpose(1, 2)
+        if name == "dq":  # of a query, by its dout; else as large as the largest
+            of_query = dout.abs().amax(-1, keepdim=True).transpose(1, 2)
+            size = of_query * (size / of_query).amax(dim=(1, 3), keepdim=True)
+        limit = 2 * float(((rough - wanted) / size).abs().max()) + 1e-6
+        assert float(((got - wanted) / size).abs().max()) <= limit, name
+
+
 @pytest.mark.parametrize("name", ["full", "causal", "everything"])
 @pytest.mark.parametrize("lengths", [(1, 1), (1, 150), (64, 64), (65, 63), (129, 128), (150, 7), (257, 300)])
 @pytest.mark.parametrize(
     "element, dim",
-    [("float32", 32), ("bfloat16", 64), ("float16", 96), ("float16", 128), ("bfloat16", 192), ("bfloat16", 256)],
+    [
+        ("float32", 32),
+        ("float32", 64),
+        ("float32", 128),
+        ("bfloat16", 64),
+        ("float16", 96),
+        ("float16", 128),
+        ("bfloat16", 192),
+        ("bfloat16", 256),
+    ],
 )
 def test_lengths(device, lengths, name, element, dim):
     q, k, v = random_qkv(device, getattr(torch, element), 2, *lengths, heads_q=2, dim=dim, grad=True)

@@ -124,8 +124,8 @@ const KernelInfo& forward_kernel(const ForwardParams& p, const Queue& queue) {
   const auto find_forward = [&](bool modified) -> const KernelInfo& {
     return find(queue, KernelKind::kForward, p.dtype, p.head_dim, modified, in_performance_mode(p, queue));
   };
-  const bool plain_but_for_rows = p.s_dmask == nullptr && !is_modified(p, true);
-  if (plain_but_for_rows && find_forward(false).takes_any_rows) return find_forward(false);
+  const bool plain = !is_modified(p, true) && p.s_dmask == nullptr;
+  if (plain && find_forward(false).takes_any_rows) return find_forward(false);
   const bool modified = is_modified(p) || p.s_dmask != nullptr;
   const KernelInfo &any = find_forward(modified), &kernel = p.s_dmask == nullptr ? or_scored(any, p, queue) : any;
   if (!may_fold(p) || stash_fits(kernel, queue)) return kernel;
@@ -133,8 +133,11 @@ const KernelInfo& forward_kernel(const ForwardParams& p, const Queue& queue) {
   return stash_fits(other, queue) ? other : kernel;
 }
 const KernelInfo& backward_kernel(const BackwardParams& p, const Queue& queue) {
-  const bool performance = in_performance_mode(p, queue);
-  return or_scored(find(queue, KernelKind::kBackward, p.dtype, p.head_dim, is_modified(p), performance), p, queue);
+  const auto find_backward = [&](bool modified) -> const KernelInfo& {
+    return find(queue, KernelKind::kBackward, p.dtype, p.head_dim, modified, in_performance_mode(p, queue));
+  };
+  if (!is_modified(p, true) && find_backward(false).takes_any_rows) return find_backward(false);
+  return or_scored(find_backward(is_modified(p)), p, queue);
 }
 
 // delta takes dO as the products do; bf16 is the same to both.

@@ -6,6 +6,7 @@
 #include "../kernels/forward.cuh"
 #include "../sm80/arch.cuh"
 #include "backward.cuh"
+#include "backward_fp32.cuh"
 #include "backward_wide.cuh"
 #include "forward.cuh"
 #include "forward_fp32.cuh"
@@ -27,6 +28,8 @@ template <class T, int D>
 constexpr bool kCoversBackward = sizeof(T) == 2 && BackwardTuning<D, false>::kCovered;
 template <class T, int D>
 constexpr bool kCoversWideBackward = sizeof(T) == 2 && (D == 192 || D == 256);
+template <class T, int D>
+constexpr bool kCoversFp32Backward = std::is_same_v<T, float> && (D == 64 || D == 128);
 
 }  // namespace sm90
 
@@ -42,9 +45,10 @@ template <class T, int D>
 struct Backward<Sm90, Problem<T, D, false>>
     : std::conditional_t<sm90::kCoversBackward<T, D>, sm90::Backward<T, D, false>,
                          std::conditional_t<sm90::kCoversWideBackward<T, D>, sm90::WideBackward<T, D, false>,
-                                            Backward<sm90::Mma, Problem<T, D, false>>>> {};
+                         std::conditional_t<sm90::kCoversFp32Backward<T, D>, sm90::Fp32Backward<D>,
+                                            Backward<sm90::Mma, Problem<T, D, false>>>>> {};
 
-// Hopper's own backward needs none.
+// Hopper's own 16-bit backward needs none.
 template <class P>
 struct FinishDq<Sm90, P> : FinishDq<sm90::Mma, P> {};
 

@@ -299,7 +299,7 @@ struct Backward : BackwardBlock<T_, D, BackwardTuning<D, SCORED>::kBlockM, 128, 
     // dQ is one step behind, so that a warpgroup need not wait here for the other's dS.
     Factor differences(gradient);
     if (!first) barriers.ds_full.wait((i - 1) % 2);
-    Block::put(differences, ds_address(i % 2), int(threadIdx.x) / 32 * 16);
+    Block::store_rows(differences.value[0], ds_address(i % 2), int(threadIdx.x) / 32 * 16);
     float dq[kDqRegs];
     multiply_queries(dq, ds_address((i - 1) % 2));  // of whatever is there in a block's first step
     multiply_rows(dk, differences, q_address(stage));

@@ -4,6 +4,7 @@
 #include "../attention/dropout.cuh"
 #include "../attention/schedule.cuh"
 #include "../sm80/arch.cuh"
+#include "key_block.cuh"
 #include "maps.cuh"
 #include "messages.cuh"
 #include "rows.cuh"
@@ -17,11 +18,14 @@ namespace sm90 {
 // A block of BLOCK_N keys at hand, and its walk over blocks of BLOCK_M queries. Of eight warps WARPS_Q lie along the
 // queries of dQ. ADDERS threads know when a block's additions to dQ have landed, each of its own.
 template <class T_, int D, int BLOCK_M, int BLOCK_N, int WARPS_Q, int ADDERS>
-struct BackwardBlock {
+struct BackwardBlock : KeyBlock<BLOCK_M, BLOCK_N> {
+  using Keys = KeyBlock<BLOCK_M, BLOCK_N>;
+  using Keys::group, Keys::kM, Keys::kN, Keys::mask, Keys::p, Keys::seq, Keys::steps, Keys::take, Keys::walk,
+      Keys::work;
   using Params = BackwardParams;
   using T = T_;
   using Scalar = float;
-  static constexpr int kM = BLOCK_M, kN = BLOCK_N, kBlockM = kM, kBlockN = kN, kStashBytes = 0;
+  static constexpr int kBlockM = kM, kBlockN = kN, kStashBytes = 0;
   static constexpr int kComputing = 256, kThreads = 384;  // two warpgroups of three compute
   // A thread is launched with 168. What two warpgroups take the third must give, or they wait for ever.
   static constexpr int kComputingRegisters = 232, kLoadingRegisters = 40;
@@ -58,53 +62,11 @@ struct BackwardBlock {
   }
 
   const Launched& launched;
-  const BackwardParams& p;
-  const int group;  // query heads per KV head
-  const int part;   // this thread's warpgroup, of the two that compute
+  const int part;  // this thread's warpgroup, of the two that compute
   char* const shared;
 
-  // The block at hand, once take() has been called.
-  BackwardWork<kN> work;
-  Sequence seq;
-  Mask mask;
-  QueryWalk<kM, kN> walk;
-
   FA_DEVICE BackwardBlock(const Launched& launched, char* shared)
-      : launched(launched),
-        p(launched.p),
-        group(p.heads_q / p.heads_kv),
-        part(warpgroup()),
-        shared(shared),
-        work(p, 0),
-        seq(p, work.batch),
-        mask(p, seq),
-        walk(mask, work.key_begin) {}
-  FA_DEVICE void take(const BackwardWork<kN>& next) {
-    work = next;
-    seq = Sequence(p, work.batch);
-    mask = Mask(p, seq);
-    walk = QueryWalk<kM, kN>(mask, work.key_begin);
-  }
-  FA_DEVICE int steps() const { return group * walk.steps; }
-
-  // Whether rows behind a sequence's last may be another's, or hold anything: 0 * NaN is NaN.
-  FA_DEVICE bool has_foreign_rows() const { return p.cu_seqlens_q != nullptr || p.seqused_k != nullptr; }
-
-  // Queries [begin, end) for which there is nothing to hide: they see all of the block's keys, and rows of another are
-  // not among them. Worked out once, for nothing is multiplied while a step asks.
-  struct PlainQueries {
-    static constexpr int kUnbounded = 0x7fffffff;
-    int begin, end;
-
-    FA_DEVICE PlainQueries(const Mask& mask, int key_begin, bool foreign_rows)
-        : begin(mask.queries_begin(key_begin + kN - 1)), end(mask.queries_end(key_begin + 1)) {
-      if (end == mask.len_q && !foreign_rows) end = kUnbounded;  // spare rows of the last step are zeros
-      if (key_begin + kN > mask.len_k) end = 0;
-    }
-    FA_DEVICE bool holds(int query) const { return query >= begin && query + kM <= end; }
-  };
-  // Of plain scores, as the exponent's fma takes it.
-  FA_DEVICE float scale_log2() const { return float(p.softmax_scale) * float(kLog2E); }
+      : KeyBlock<BLOCK_M, BLOCK_N>(launched.p, 0), launched(launched), part(warpgroup()), shared(shared) {}
 
   FA_DEVICE void clear_spare_keys() const {
     clear_spare_rows<A>(p, p.cu_seqlens_k, p.total_k, work.batch, work.key_begin / kN, ceil_div(p.seqlen_k, kN),
@@ -137,19 +99,6 @@ struct BackwardBlock {
     }
   }
   FA_DEVICE bool has_keys(uint32_t block) const { return block < uint32_t(blocks(p)); }
-
-  // The position in a block's walk: heads of the group in turn, each over its visible query blocks. Steps are counted
-  // on through all blocks: a step's number says which stage, which buffers and which phase of their barriers it uses.
-  struct Step {
-    int head, index = 0;
-    FA_DEVICE Step(int head) : head(head) {}
-    FA_DEVICE void next(int steps) {
-      if (++index == steps) {
-        index = 0;
-        ++head;
-      }
-    }
-  };
 
   // A block of queries has a sum of dQ in device memory and an entry of dq_turn, which counts who added. The first
   // addition stores, so that nobody need clear the memory. In any order that is whoever comes first, and kStored in the
@@ -223,76 +172,6 @@ struct BackwardBlock {
   FA_DEVICE bool is_awaited(bool stores) const { return p.deterministic || stores; }
   FA_DEVICE void pass_turn(int32_t* turn) const { sm80::add_release(turn, p.deterministic ? 1 : kStored); }
 
-  // For a lane's part of transposed scores: its n-th pair of queries, of a row of LSE or delta, and f(reg, value of the
-  // register's query) for the registers of that pair, or of all.
-  static FA_DEVICE float2 pair_of(const float* of_query, int n) {
-    return *reinterpret_cast<const float2*>(of_query + int(threadIdx.x) % 4 * 2 + 8 * n);
-  }
-  template <class F>
-  static FA_DEVICE void for_pair(int n, float2 pair, F&& f) {
-    FA_UNROLL
-    for (int e = 0; e < 4; ++e) f(4 * n + e, e % 2 == 0 ? pair.x : pair.y);
-  }
-  template <class F>
-  static FA_DEVICE void for_each_with(const float* of_query, F&& f) {
-    FA_UNROLL
-    for (int n = 0; n < kM / 8; ++n) for_pair(n, pair_of(of_query, n), f);
-  }
-  // Pairs BEGIN to END, read ahead of their use: loads from shared memory queue behind the multiplies'.
-  template <int BEGIN, int END>
-  struct Pairs {
-    float2 value[END > BEGIN ? END - BEGIN : 1];
-
-    explicit FA_DEVICE Pairs(const float* of_query) {
-      FA_UNROLL
-      for (int n = BEGIN; n < END; ++n) value[n - BEGIN] = pair_of(of_query, n);
-    }
-    template <class F>
-    FA_DEVICE void for_each(F&& f) const {
-      FA_UNROLL
-      for (int n = BEGIN; n < END; ++n) for_pair(n, value[n - BEGIN], f);
-    }
-  };
-
-  // Scores to probabilities.
-  template <class Scores>
-  static FA_DEVICE auto exponential(float scale_log2, Scores& scores) {
-    return [scale_log2, &scores](int reg, float negated_lse) {
-      scores[reg] = exp2_fast(fma_rn(scores[reg], scale_log2, negated_lse));
-    };
-  }
-  template <class Scores>
-  static FA_DEVICE void exponentiate(const float* negated_lse, float scale_log2, Scores& scores) {
-    for_each_with(negated_lse, exponential(scale_log2, scores));
-  }
-
-  // clear(reg) for transposed scores that are hidden. Ends are relative to a lane's first query: one comparison with a
-  // constant for each element and end.
-  template <class Scores, class IntRows, class F>
-  FA_DEVICE void for_each_hidden(int query, F&& clear) const {
-    const int lane_col = int(threadIdx.x) % 4 * 2, origin = query + lane_col;
-    const auto clear_if = [&](IntRows& bound, auto&& hidden) {
-      Scores::for_each([&](int slot, int, int col, int reg) {
-        if (hidden(col - lane_col, bound[slot])) clear(reg);
-      });
-    };
-    if (query < mask.queries_begin(work.key_begin + kN - 1)) {
-      IntRows begin;
-      IntRows::for_each([&](int slot, int row, bool) {
-        begin[slot] = mask.queries_begin(work.key_begin + row) - origin;
-      });
-      clear_if(begin, [](int col, int begin) { return col < begin; });
-    }
-    if (query + kM > mask.queries_end(work.key_begin + 1) || work.key_begin + kN > mask.len_k) {
-      IntRows end;
-      IntRows::for_each([&](int slot, int row, bool) {
-        const int key = work.key_begin + row;
-        end[slot] = (key < mask.len_k ? mask.queries_end(key + 1) : query) - origin;
-      });
-      clear_if(end, [](int col, int end) { return col >= end; });
-    }
-  }
-
   // A bit for each register: whether dropout keeps it. A lane's keys r and r + 8 are of one parity, so it has half of
   // the patch of queries c, c + 8, and half of that of c + 1, c + 9; a neighbour has the others. Each works out one.
   template <class Scores>
@@ -330,16 +209,6 @@ struct BackwardBlock {
     });
   }
 
-  // 16 rows of dS^T of a warp to shared memory, from row `first` on: rows of keys, in panels of 64 queries.
-  template <class Factor>
-  static FA_DEVICE void put(const Factor& a, uint32_t dst, int first) {
-    const int lane = int(threadIdx.x) % 32, row = first + lane % 16;
-    FA_UNROLL
-    for (int step = 0; step < kM / 16; ++step) {
-      const int chunk = 2 * step + lane / 16;
-      store_matrices(dst + chunk / 8 * (kN * 128) + row * 128 + ((chunk ^ row) % 8) * 16, a.value[0][step]);
-    }
-  }
 };
 
 }  // namespace sm90

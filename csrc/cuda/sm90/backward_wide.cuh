@@ -296,7 +296,7 @@ struct WideBackward : BackwardBlock<T_, D, 64, 64, 4, 1> {
     Factor factor(x);
     if (KEYS) {
       barriers.added[stage].wait(phase ^ 1);  // every warp has read the dS that lay there
-      Block::put(factor, ds_address(i), pair() * 16);
+      Block::store_rows(factor.value[0], ds_address(i), pair() * 16);
       fence_async_proxy();
       __syncwarp();
       if (first_lane()) barriers.ds_full[stage].arrive();

@@ -160,7 +160,7 @@ struct Fp32Forward {
           batch.template load<false>((source.values ? source.v : source.k) + (source.key + row) * stride, stride,
                      tile.seq.len_k - source.key - row, p.head_dim);
         }
-        Parts::put(slot_tile(slot), control.from_parts[slot.at], first + row, batch);
+        Parts::put(slot_tile(slot), control.from_parts[slot.at], first + row, batch, RowExponents<Batch>(batch));
       }
       fence_async_proxy();
       control.full[slot.at].arrive();
@@ -244,7 +244,8 @@ struct Fp32Forward {
       }
       FA_UNROLL
       for (int i = 0; i < kBatches; ++i) {
-        Parts::put(queries(), block.control.queries_from_parts + group * 64, first % 64 + i * kBatch, batches[i]);
+        Parts::put(queries(), block.control.queries_from_parts + group * 64, first % 64 + i * kBatch, batches[i],
+                   RowExponents<Batch>(batches[i]));
       }
       fence_async_proxy();
       sync_named(1 + group, 128);

@@ -121,10 +121,10 @@ struct PartsTile {
 
   // A warp's rows become those from `first` on, a multiple of COUNT. from_parts[row]: what scales a row back.
   template <int COUNT>
-  static FA_DEVICE void put(char* tile, float* from_parts, int first, const WarpRows<D, COUNT>& rows) {
+  static FA_DEVICE void put(char* tile, float* from_parts, int first, const WarpRows<D, COUNT>& rows,
+                            const RowExponents<WarpRows<D, COUNT>>& exponents) {
     using Rows = WarpRows<D, COUNT>;
     static_assert(8 % COUNT == 0);
-    const RowExponents<Rows> exponents(rows);
     const int col = Rows::lane() * 4, row = first + Rows::first_row();
     const bool has_cols = D % 64 == 0 || col < D;
     const uint32_t at = shared_address(tile) + col / 64 * kPanelBytes + row * 128 + ((col % 64 / 8) ^ row % 8) * 16 +
@@ -144,6 +144,29 @@ struct PartsTile {
     }
   }
 };
+
+// Writes the first `rows` of a warpgroup's 64 rows of D columns, `cols` of which exist, to `dst`.
+template <int D>
+FA_DEVICE void write_rows(const float (&value)[D / 2], float* dst, int64_t row_stride, int rows, int cols,
+                          bool aligned) {
+  const int row = int(threadIdx.x) % 128 / 4, first = row / 8 * 16 + row % 8, col = int(threadIdx.x) % 4 * 2;
+  FA_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    if (first + 8 * half >= rows) continue;
+    float* const at = dst + (first + 8 * half) * row_stride + col;
+    FA_UNROLL
+    for (int n = 0; n < D / 8; ++n) {
+      if (8 * n + col >= cols) continue;
+      const float x = value[4 * n + 2 * half], y = value[4 * n + 2 * half + 1];
+      if (aligned) {
+        *reinterpret_cast<float2*>(at + 8 * n) = {x, y};
+      } else {
+        at[8 * n] = x;
+        if (8 * n + col + 1 < cols) at[8 * n + 1] = y;
+      }
+    }
+  }
+}
 
 }  // namespace sm90
 }  // namespace flash_attn

@@ -46,11 +46,15 @@ template <> struct BackwardTuning<64, true> : BackwardRow<64> {};  // 128 would 
 template <bool SCORED> struct BackwardTuning<96, SCORED> : BackwardRow<64> {};
 template <bool SCORED> struct BackwardTuning<128, SCORED> : BackwardRow<64> {};
 
-// sm80's main loops on Hopper: its tuning, but for the 16-bit forward's key block.
+// sm80's main loops on Hopper: its tuning, but for the 16-bit forward's key block, and for the fp32 backward's dQ, of
+// which each of two warpgroups has half of the columns.
 template <Kernel KERNEL, class T, int D, bool MODIFIED>
 struct Tuning
     : std::conditional_t<KERNEL == Kernel::kForward && sizeof(T) == 2 && (D == 96 || D == 128),
-                         sm80::ForwardTuning<128, 128, 8, 1>, sm80::Tuning<KERNEL, T, D, MODIFIED>> {};
+                         sm80::ForwardTuning<128, 128, 8, 1>,
+                         std::conditional_t<KERNEL == Kernel::kBackward && sizeof(T) == 4 && D == 128,
+                                            sm80::BackwardTuning<64, 64, 8, 4, 2, 4, 1>,
+                                            sm80::Tuning<KERNEL, T, D, MODIFIED>>> {};
 
 }  // namespace sm90
 }  // namespace flash_attn

@@ -1,0 +1,490 @@
+// The fp32 backward on Hopper, in fp16 parts as forward_fp32.cuh. A thread block has 64 keys. Eight warps load: K and V
+// once, then blocks of 64 queries' dO and Q in turn. One warpgroup has dV, the other dK, over all columns: the first
+// works out P^T from S^T = K Q^T, for dV += P^T dO, and hands it on; the second dS^T from dP^T = V dO^T, for
+// dK += dS^T Q and, through shared memory, for dQ = dS K, of which either does half of the columns. What is a left
+// factor is scaled to fp16's range anew in each step: rows for dK, a tile for dQ.
+#pragma once
+
+#include "../sm80/arch.cuh"
+#include "key_block.cuh"
+#include "parts.cuh"
+
+namespace flash_attn {
+namespace sm90 {
+
+template <int D>
+struct Fp32Backward : KeyBlock<64, 64> {
+  using T = float;
+  using Params = BackwardParams;
+  static constexpr int kBlockM = kM, kBlockN = kN;
+  static constexpr int kComputing = 256, kLoaders = 8;  // threads that compute, warps that load
+  static constexpr int kThreads = kComputing + kLoaders * 32, kMinBlocks = 1, kStashBytes = 0;
+  static constexpr int kLoaderRegisters = 56, kConsumerRegisters = 200;
+  static constexpr bool kTakesAnyRows = true;  // of any alignment
+
+  using Parts = PartsTile<D>;
+  using DsParts = PartsTile<kM>;  // of dS^T
+  using Scores = sm80::Accumulator<float, kN, kM, 4, 4>;  // [keys, queries], of a warpgroup
+  using KeyGradient = sm80::Accumulator<float, kN, D, 4, 4>;
+  using QueryGradient = sm80::Accumulator<float, kM, D, 4, 8>;  // of both warpgroups
+  using Rows = sm80::Rows<float, kN, 4>;
+  using IntRows = sm80::Rows<int, kN, 4>;
+  using Batch = WarpRows<D, 8>;  // a warp's rows of a tile
+
+  static constexpr int kSlots = D == 64 ? 4 : 3;  // of a ring of tiles, dO's and Q's in turn
+  static constexpr int kColumns = kM / 4;         // of a lane: queries
+  struct Control {
+    Barrier keys_full[2], full[kSlots], free[kSlots], copied[kLoaders];
+    Barrier p_full[4], p_free[4];  // of a warp that computes P, and of the one that needs it
+    Barrier ds_full, ds_free;
+    uint32_t largest_ds[2];
+    float ds_from_parts;
+    alignas(16) float keys_from_parts[2][kN], from_parts[kSlots][kM];
+    float of_query[kSlots][kM];  // dO's: -delta; Q's: -LSE, in log2 units
+  };
+  static constexpr int kVAt = Parts::kBytes, kRingAt = kVAt + Parts::kBytes, kDsAt = kRingAt + kSlots * Parts::kBytes;
+  static constexpr int kPAt = kDsAt + DsParts::kBytes, kRawAt = kPAt + kM * kN * 4, kControlAt = kRawAt + kM * D * 4;
+  static constexpr int kSharedBytes = kControlAt + (int(sizeof(Control)) + 127) / 128 * 128;
+
+  static int64_t blocks(const Params& p) { return int64_t(ceil_div(p.seqlen_k, kN)) * p.heads_kv * p.batch; }
+
+  struct Lanes {
+    static constexpr int kThreads = Fp32Backward::kThreads;
+    static FA_DEVICE int lane() { return int(threadIdx.x); }
+  };
+
+  char* const shared;
+  Control& control;
+
+  static FA_DEVICE void run(const Params& p, int64_t block, char* shared) {
+    Fp32Backward self(p, uint32_t(block), shared);
+    clear_spare_rows<Lanes>(p, p.cu_seqlens_k, p.total_k, self.work.batch, self.work.key_begin / kN,
+                            ceil_div(p.seqlen_k, kN), [&](int64_t row, int col) {
+                              head_rows<T>(p.dk, 0, self.work.kv_head, row)[col] = T{};
+                              head_rows<T>(p.dv, 0, self.work.kv_head, row)[col] = T{};
+                            });
+    if (self.work.key_begin < self.seq.stored_k) self.run();
+  }
+
+  FA_DEVICE Fp32Backward(const Params& p, uint32_t block, char* shared)
+      : KeyBlock<64, 64>(p, block), shared(shared), control(*reinterpret_cast<Control*>(shared + kControlAt)) {}
+
+  FA_DEVICE void run() {
+    if (threadIdx.x == 0) {
+      for (Barrier& keys : control.keys_full) keys.init(kLoaders * 32);
+      for (int slot = 0; slot < kSlots; ++slot) {
+        control.full[slot].init(kLoaders * 32);  // every lane that has written, and read: racecheck follows that
+        control.free[slot].init(kComputing);
+      }
+      for (Barrier& copied : control.copied) copied.init(1);
+      for (int pair = 0; pair < 4; ++pair) {
+        control.p_full[pair].init(32);
+        control.p_free[pair].init(32);
+      }
+      control.ds_full.init(kComputing / 2);
+      control.ds_free.init(kComputing);
+      control.largest_ds[0] = control.largest_ds[1] = 0;
+      fence_barrier_init();
+    }
+    __syncthreads();
+    if (threadIdx.x >= kComputing) {
+      keep_registers<kLoaderRegisters>();
+      load();
+    } else {
+      take_registers<kConsumerRegisters>();
+      if (warpgroup() == 0) {
+        compute<false>();
+      } else {
+        compute<true>();
+      }
+    }
+  }
+
+  // A place in the ring, and which phase of its barriers.
+  struct Place {
+    int at = 0;
+    uint32_t phase = 0;
+    FA_DEVICE void step() {
+      if (++at == kSlots) {
+        at = 0;
+        phase ^= 1;
+      }
+    }
+  };
+  FA_DEVICE char* slot_tile(const Place& place) const { return shared + kRingAt + place.at * Parts::kBytes; }
+
+  // ---- loading: a warp has eight rows of every tile; while it splits them, the next are on their way --------------
+
+  // A warp's rows of a tile, and a value for each of them: this lane's.
+  struct Source {
+    const float* at = nullptr;
+    int64_t row_stride = 0;
+    int rows = 0;
+    float value = 0;
+  };
+  FA_DEVICE Source keys(const TensorRef& tensor, int first) const {
+    const int key = work.key_begin + first;
+    return {head_rows<const T>(tensor, work.batch, work.kv_head, seq.first_k + key), tensor.row_stride,
+            seq.len_k - key, 0.0f};
+  }
+  FA_DEVICE Source queries(const TensorRef& tensor, const RowsRef& values, float scale, float beyond, const Step& step,
+                           int first) const {
+    const int query = walk.query(step.index) + first, lane = int(threadIdx.x) % 32, rows = seq.len_q - query;
+    const float* const of_row = head_rows<const float>(values, work.batch, step.head, seq.first_q + query);
+    return {head_rows<const T>(tensor, work.batch, step.head, seq.first_q + query), tensor.row_stride, rows,
+            (lane < 8 && lane < rows ? of_row[lane] : beyond) * scale};
+  }
+
+  FA_DEVICE void load() {
+    const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0) - kComputing / 32, first = warp * 8;
+    const int lane = int(threadIdx.x) % 32, tiles = steps() > 0 ? 2 + 2 * steps() : 0;
+    char* const raw = shared + kRawAt + first * D * 4;
+    Step step(work.kv_head * group);
+    Source next;
+    const auto fetch = [&](int tile) {
+      if (tile >= tiles) return;
+      if (tile < 2) {
+        next = keys(tile == 0 ? p.k : p.v, first);
+      } else if (tile % 2 == 0) {
+        next = queries(p.dout, p.delta, -1.0f, 0.0f, step, first);
+      } else {
+        next = queries(p.q, p.lse, -float(kLog2E), infinity<float>(), step, first);
+        step.next(walk.steps);
+      }
+      if (p.aligned) copy(raw, next, control.copied[warp]);
+    };
+    fetch(0);
+    Place slot;
+    for (int tile = 0; tile < tiles; ++tile) {
+      const Source now = next;
+      Batch batch;
+      if (p.aligned) {
+        control.copied[warp].wait(tile % 2);
+        batch.read(raw, now.rows, p.head_dim);
+      } else {
+        batch.template load<false>(now.at, now.row_stride, now.rows, p.head_dim);
+      }
+      const RowExponents<Batch> exponents(batch);
+      __syncwarp();  // the copies have been read
+      fetch(tile + 1);
+      if (tile < 2) {
+        Parts::put(shared + tile * kVAt, control.keys_from_parts[tile], first, batch, exponents);
+        fence_async_proxy();
+        control.keys_full[tile].arrive();
+        continue;
+      }
+      control.free[slot.at].wait(slot.phase ^ 1);
+      Parts::put(slot_tile(slot), control.from_parts[slot.at], first, batch, exponents);
+      if (lane < 8) control.of_query[slot.at][first + lane] = now.value;
+      fence_async_proxy();
+      control.full[slot.at].arrive();
+      slot.step();
+    }
+  }
+
+  // Those of the rows that there are, a lane a row.
+  FA_DEVICE void copy(char* raw, const Source& source, Barrier& copied) const {
+    const int lane = int(threadIdx.x) % 32, rows = max_int(0, min_int(8, source.rows));
+    if (lane == 0) copied.arrive_expecting(rows * p.head_dim * 4);
+    __syncwarp();
+    if (lane < rows) load_bytes(raw + lane * D * 4, source.at + lane * source.row_stride, p.head_dim * 4, copied);
+  }
+
+  // ---- computing --------------------------------------------------------------------------------------------------
+
+  // Where a warpgroup is: its places of dO and of Q.
+  struct State {
+    Place dout, query;
+    uint32_t phase = 0;  // of a step
+    FA_DEVICE State() { query.step(); }
+    FA_DEVICE void step() {
+      dout.step(), dout.step();
+      query.step(), query.step();
+      phase ^= 1;
+    }
+  };
+
+  // KEYS: dK, else dV.
+  template <bool KEYS>
+  FA_DEVICE void compute() {
+    KeyGradient sum;
+    sum.fill(0);
+    if (steps() > 0) {
+      const PlainQueries plain(mask, work.key_begin, false);
+      control.keys_full[0].wait(0);
+      control.keys_full[1].wait(0);
+      Rows k_from_parts, v_from_parts;
+      Rows::for_each([&](int slot, int row, bool) {
+        k_from_parts[slot] = control.keys_from_parts[0][row];
+        v_from_parts[slot] = control.keys_from_parts[1][row];
+      });
+      State state;
+      Step step(work.kv_head * group);
+      for (int left = steps(); left > 0; --left, state.step(), step.next(walk.steps)) {
+        const int query = walk.query(step.index);
+        const bool hides = !plain.holds(query);
+        float rows_from_parts[2];  // of dO, of the rows of dQ
+        if constexpr (KEYS) {
+          differentiate(query, hides, k_from_parts, v_from_parts, state, rows_from_parts, sum);
+        } else {
+          exponentiate(query, hides, k_from_parts, state, rows_from_parts, sum);
+        }
+        add_queries(step.head, query, state.phase, rows_from_parts);
+      }
+    }
+    if (KEYS) {
+      FA_UNROLL
+      for (float& x : sum.value) x *= float(p.softmax_scale);
+    }
+    write(sum, KEYS ? p.dk : p.dv);
+  }
+  FA_DEVICE void write(const KeyGradient& sum, const TensorRef& dst) const {
+    // Worked out again rather than held across the loop.
+    const KeyBlock<64, 64> block(p, uint32_t(unhoisted(int(blockIdx.x))));
+    const int key = block.work.key_begin;
+    write_rows<D>(sum.value, head_rows<T>(dst, block.work.batch, block.work.kv_head, block.seq.first_k + key),
+                  dst.row_stride, block.seq.stored_k - key, p.head_dim, p.aligned);
+  }
+
+  // P^T, and dV.
+  FA_DEVICE void exponentiate(int query, bool hides, const Rows& k_from_parts, const State& state,
+                              float (&rows_from_parts)[2], KeyGradient& dv) {
+    Scores x;
+    control.full[state.query.at].wait(state.query.phase);
+    multiply(x, 0, state.query);
+    float columns[kColumns];
+    read_columns(control.from_parts[state.query.at], columns);
+    scale(x, columns, k_from_parts);
+    const float scale_log2 = this->scale_log2();
+    read_columns(control.of_query[state.query.at], columns);
+    control.free[state.query.at].arrive();
+    for_columns([&](int reg, int column) { x[reg] = exp2_fast(fma_rn(x[reg], scale_log2, columns[column])); });
+    if (hides) hide(query, x);
+    send(x, state.phase);
+
+    control.full[state.dout.at].wait(state.dout.phase);
+    read_columns(control.from_parts[state.dout.at], columns);
+    read_rows(control.from_parts[state.dout.at], rows_from_parts);
+    float from_parts[2];
+    scale_rows(x, columns, from_parts);
+    float product[D / 2];
+    multiply_parts(product, x, shared_address(slot_tile(state.dout)));
+    control.free[state.dout.at].arrive();
+    FA_UNROLL
+    for (int reg = 0; reg < KeyGradient::kRegs; ++reg) dv[reg] = fma_rn(product[reg], from_parts[reg / 2 % 2], dv[reg]);
+  }
+
+  // dS^T, and dK.
+  FA_DEVICE void differentiate(int query, bool hides, const Rows& k_from_parts, const Rows& v_from_parts,
+                               const State& state, float (&rows_from_parts)[2], KeyGradient& dk) {
+    Scores x;
+    control.full[state.dout.at].wait(state.dout.phase);
+    multiply(x, kVAt, state.dout);
+    float columns[kColumns];
+    read_columns(control.from_parts[state.dout.at], columns);
+    read_rows(control.from_parts[state.dout.at], rows_from_parts);
+    scale(x, columns, v_from_parts);
+    float negated_delta[kColumns];
+    read_columns(control.of_query[state.dout.at], negated_delta);
+    control.free[state.dout.at].arrive();
+    for_columns([&](int reg, int column) { x[reg] += negated_delta[column]; });
+    receive(x, state.phase);
+    if (hides) hide(query, x);
+
+    // For dQ, whose rows take dO's powers back.
+    FA_UNROLL
+    for (float& column : columns) column = inverse_power(column);
+    put_ds(x, columns, k_from_parts, state.phase);
+
+    control.full[state.query.at].wait(state.query.phase);
+    read_columns(control.from_parts[state.query.at], columns);
+    float from_parts[2];
+    scale_rows(x, columns, from_parts);
+    float product[D / 2];
+    multiply_parts(product, x, shared_address(slot_tile(state.query)));
+    control.free[state.query.at].arrive();
+    FA_UNROLL
+    for (int reg = 0; reg < KeyGradient::kRegs; ++reg) {
+      dk[reg] = fma_rn(product[reg], from_parts[reg / 2 % 2], dk[reg]);
+    }
+  }
+
+  // What is below 1 becomes parts below 2^15.
+  static constexpr float kToParts = 32768.0f;
+  // The power of two above a positive float, given as bits: within 2^-100 and 2^110, so that its inverse times kToParts
+  // is normal.
+  static FA_DEVICE float power_above(uint32_t bits) {
+    const int biased = min_int(max_int(int(bits >> 23) + 1, 27), 237);
+    return bits_to_float(uint32_t(biased) << 23);
+  }
+
+  // x = K Q^T or V dO^T, of parts.
+  FA_DEVICE void multiply(Scores& x, int keys_at, const Place& place) const {
+    const uint32_t keys = shared_address(shared) + keys_at, queries = shared_address(slot_tile(place));
+    float high[kM], low[kM / 2];  // the keys' high parts by both of the queries', side by side; their low ones by high
+    wgmma_fence();
+    multiply_panels<Half, 2 * kM, D>(high, keys, Parts::kPanelBytes, queries, Parts::kPanelBytes);
+    multiply_panels<Half, kM, D>(low, keys + Parts::kLow, Parts::kPanelBytes, queries, Parts::kPanelBytes);
+    wgmma_wait<0>();
+    hold(high);
+    hold(low);
+    FA_UNROLL
+    for (int reg = 0; reg < Scores::kRegs; ++reg) x[reg] = high[reg] + (high[kM / 2 + reg] + low[reg]);
+  }
+  // product = x y, x below 2^15, y a tile of the ring.
+  FA_DEVICE void multiply_parts(float (&product)[D / 2], const Scores& x, uint32_t y) const {
+    uint32_t high[kM / 16][4], low[kM / 16][4];
+    split_all(x, high, low);
+    multiply_registers<Half, D, kM>(product, low, y, Parts::kPanelBytes, false);
+    multiply_registers<Half, D, kM>(product, high, y + Parts::kLow, Parts::kPanelBytes);
+    multiply_registers<Half, D, kM>(product, high, y, Parts::kPanelBytes);
+    wgmma_wait<0>();
+    hold(product);
+  }
+  static FA_DEVICE void split_all(const Scores& x, uint32_t (&high)[kM / 16][4], uint32_t (&low)[kM / 16][4]) {
+    FA_UNROLL
+    for (int i = 0; i < Scores::kRegs / 2; ++i) split(x[2 * i], x[2 * i + 1], high[i / 4][i % 4], low[i / 4][i % 4]);
+  }
+
+  // f(reg, which of the lane's columns it is in)
+  template <class F>
+  static FA_DEVICE void for_columns(F&& f) {
+    FA_UNROLL
+    for (int reg = 0; reg < Scores::kRegs; ++reg) f(reg, reg / 4 * 2 + reg % 2);
+  }
+  static FA_DEVICE void read_columns(const float* of_query, float (&columns)[kColumns]) {
+    FA_UNROLL
+    for (int n = 0; n < kM / 8; ++n) {
+      const float2 pair = pair_of(of_query, n);
+      columns[2 * n] = pair.x;
+      columns[2 * n + 1] = pair.y;
+    }
+  }
+  static FA_DEVICE void read_rows(const float* of_query, float (&rows)[2]) {
+    Rows::for_each([&](int slot, int row, bool) { rows[slot] = of_query[row]; });
+  }
+  static FA_DEVICE void scale(Scores& x, const float (&columns)[kColumns], const Rows& rows) {
+    for_columns([&](int reg, int column) { x[reg] *= columns[column] * rows.value[reg / 2 % 2]; });
+  }
+  // x, its columns times `columns`, to the range of parts, each row by a power of two of its own, which `from_parts`
+  // takes back.
+  static FA_DEVICE void scale_rows(Scores& x, const float (&columns)[kColumns], float (&from_parts)[2]) {
+    float largest[2] = {};
+    for_columns([&](int reg, int column) {
+      x[reg] *= columns[column];
+      largest[reg / 2 % 2] = ::fmaxf(largest[reg / 2 % 2], absolute(x[reg]));
+    });
+    FA_UNROLL
+    for (int slot = 0; slot < 2; ++slot) {
+      largest[slot] = ::fmaxf(largest[slot], __shfl_xor_sync(0xffffffffu, largest[slot], 1));
+      largest[slot] = ::fmaxf(largest[slot], __shfl_xor_sync(0xffffffffu, largest[slot], 2));
+      from_parts[slot] = power_above(float_to_bits(largest[slot])) * (1 / kToParts);
+    }
+    const float to_parts[2] = {inverse_power(from_parts[0]), inverse_power(from_parts[1])};
+    for_columns([&](int reg, int) { x[reg] *= to_parts[reg / 2 % 2]; });
+  }
+  FA_DEVICE void hide(int query, Scores& x) const {
+    for_each_hidden<Scores, IntRows>(query, [&](int reg) { x[reg] = 0; });
+  }
+
+  // P^T from one warpgroup to the other, lane by lane.
+  static FA_DEVICE int pair() { return int(threadIdx.x) / 32 % 4; }
+  FA_DEVICE float4* exchanged(int n) const {
+    return reinterpret_cast<float4*>(shared + kPAt + pair() * (kM * kN)) + n * 32 + int(threadIdx.x) % 32;
+  }
+  FA_DEVICE void send(const Scores& x, uint32_t phase) {
+    control.p_free[pair()].wait(phase ^ 1);
+    FA_UNROLL
+    for (int n = 0; n < Scores::kRegs / 4; ++n) {
+      *exchanged(n) = float4{x[4 * n], x[4 * n + 1], x[4 * n + 2], x[4 * n + 3]};
+    }
+    control.p_full[pair()].arrive();
+  }
+  FA_DEVICE void receive(Scores& x, uint32_t phase) {
+    control.p_full[pair()].wait(phase);
+    FA_UNROLL
+    for (int n = 0; n < Scores::kRegs / 4; ++n) {
+      const float4 p = *exchanged(n);
+      x[4 * n] *= p.x, x[4 * n + 1] *= p.y, x[4 * n + 2] *= p.z, x[4 * n + 3] *= p.w;
+    }
+    control.p_free[pair()].arrive();
+  }
+
+  // dS^T to shared memory, its columns times `columns`, its rows times `rows`, as parts of one scale.
+  FA_DEVICE void put_ds(const Scores& ds, const float (&columns)[kColumns], const Rows& rows, uint32_t phase) {
+    Scores x;
+    float largest = 0;
+    for_columns([&](int reg, int column) {
+      x[reg] = ds[reg] * (columns[column] * rows.value[reg / 2 % 2]);
+      largest = ::fmaxf(largest, absolute(x[reg]));
+    });
+    uint32_t& of_tile = control.largest_ds[phase];
+    const uint32_t of_warp = __reduce_max_sync(0xffffffffu, float_to_bits(largest));
+    if (first_lane()) atomicMax(&of_tile, of_warp);
+    sync_named(3, kComputing / 2);
+    const float from_parts = power_above(of_tile) * (1 / kToParts), to_parts = inverse_power(from_parts);
+    FA_UNROLL
+    for (float& value : x.value) value *= to_parts;
+    uint32_t high[kM / 16][4], low[kM / 16][4];
+    split_all(x, high, low);
+    control.ds_free.wait(phase ^ 1);
+    if (threadIdx.x == kComputing / 2) {
+      control.largest_ds[phase ^ 1] = 0;
+      control.ds_from_parts = from_parts;
+    }
+    const uint32_t to = shared_address(shared) + kDsAt;
+    store_rows(high, to, pair() * 16);
+    store_rows(low, to + DsParts::kLow, pair() * 16);
+    fence_async_proxy();
+    control.ds_full.arrive();
+  }
+
+  // A warpgroup's half of dQ's columns.
+  FA_DEVICE void add_queries(int head, int query, uint32_t phase, const float (&rows_from_parts)[2]) {
+    const int half = warpgroup();
+    const uint32_t ds = shared_address(shared) + kDsAt;
+    const uint32_t k = shared_address(shared) + (D == 64 ? half * 64 : half * Parts::kPanelBytes);
+    QueryGradient dq;
+    control.ds_full.wait(phase);
+    wgmma_fence();
+    multiply_queries(dq, ds + DsParts::kLow, k, false);
+    multiply_queries(dq, ds, k + Parts::kLow, true);
+    multiply_queries(dq, ds, k, true);
+    wgmma_commit();
+    const float ds_from_parts = control.ds_from_parts;
+    wgmma_wait<0>();
+    hold(dq.value);
+    control.ds_free.arrive();
+    FA_UNROLL
+    for (int reg = 0; reg < QueryGradient::kRegs; ++reg) dq[reg] *= ds_from_parts * rows_from_parts[reg / 2 % 2];
+    const int64_t block = place_of_queries<int64_t>(p, work.batch, head, seq.first_q, query, kM);
+    int32_t* const turn = p.dq_turn + block;
+    if (p.deterministic) await_turn(turn, QueryWalk<kM, kN>::blocks_before(mask, work.key_begin, query), half);
+    Sm80::Block<kComputing / 32>::accumulate(dq, static_cast<float*>(p.dq_accum) + block * (kM * D));
+    if (p.deterministic) pass_turn(turn, half);
+  }
+  FA_DEVICE void multiply_queries(QueryGradient& dq, uint32_t ds, uint32_t k, bool adds) const {
+    const uint64_t a = descriptor(ds, 0), b = descriptor(k, Parts::kPanelBytes);
+    FA_UNROLL
+    for (int step = 0; step < kN / 16; ++step) {
+      Wgmma<D / 2>::template shared<Half, true, true>(dq.value, advance(a, step * 16 * 128),
+                                                      advance(b, step * 16 * 128), adds || step > 0);
+    }
+  }
+
+  // Both halves of dQ count.
+  FA_DEVICE void await_turn(const int32_t* turn, int before, int half) const {
+    if (threadIdx.x % 128 == 0) {
+      while (sm80::load_acquire(turn) / 2 != before) {
+      }
+    }
+    sync_named(1 + half, 128);
+  }
+  FA_DEVICE void pass_turn(int32_t* turn, int half) const {
+    sync_named(1 + half, 128);
+    if (threadIdx.x % 128 == 0) sm80::add_release(turn, 1);
+  }
+};
+
+}  // namespace sm90
+}  // namespace flash_attn
