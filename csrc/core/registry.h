@@ -41,6 +41,7 @@ struct KernelInfo {
   const void* device;    // the __global__ function; null on the host
   // Launches it where that takes more than its params, `blocks` of them and `shared_bytes`; null elsewhere. Throws.
   void (*launch)(const void* params, int64_t blocks, int shared_bytes, void* stream);
+  bool persistent;      // its thread blocks take one block of work after another
   bool takes_any_rows;  // of any alignment, though not modified
 };
 

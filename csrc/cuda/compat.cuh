@@ -284,7 +284,7 @@ __device__ __forceinline__ char* first_of_shared_memory() {
 }
 #define FA_SHARED_MEMORY(name) char* const name = first_of_shared_memory()
 #else
-#define FA_SHARED_MEMORY(name) extern __shared__ __align__(1024) char name[]
+#define FA_SHARED_MEMORY(name) extern __shared__ __align__(128) char name[]
 #endif
 
 // launched() parameters, to be read again: what was read before need not be held in registers until now.

@@ -35,6 +35,12 @@ constexpr int kStashDeviceBytes = 0;
 template <class K>
 constexpr int kStashDeviceBytes<K, std::void_t<decltype(K::kStashDeviceBytes)>> = K::kStashDeviceBytes;
 
+// And may launch only as many thread blocks as run at a time, each of which takes one block after another.
+template <class K, class = void>
+constexpr bool kPersistent = false;
+template <class K>
+constexpr bool kPersistent<K, std::void_t<decltype(K::kPersistent)>> = K::kPersistent;
+
 // And may take rows that do not allow 16-byte access, which else modified instances do.
 template <class K, class = void>
 constexpr bool kTakesAnyRows = false;
@@ -51,6 +57,7 @@ KernelInfo kernel_info(const KernelKey& key) {
   info.shared_bytes = K::kSharedBytes;
   info.stash_bytes = K::kStashBytes;
   info.stash_device_bytes = kStashDeviceBytes<K>;
+  info.persistent = kPersistent<K>;
   info.takes_any_rows = kTakesAnyRows<K>;
   info.blocks = blocks_of<K>;
   info.device = Launcher<K>::device();

@@ -234,10 +234,9 @@ void make_rows_of_heads(ForwardParams& p) {
   p.rows_are_heads = true;
 }
 
-// A kernel that brings its launcher is persistent, and counts in device memory the blocks that were taken. In the
-// backward it also stores the first addition to a sum of dQ.
-bool is_persistent(const KernelInfo& kernel) { return kernel.launch != nullptr; }
-size_t blocks_taken_bytes(const KernelInfo& kernel) { return is_persistent(kernel) ? align(sizeof(uint32_t)) : 0; }
+// A persistent kernel counts in device memory the blocks that were taken. In the backward it also stores the first
+// addition to a sum of dQ.
+size_t blocks_taken_bytes(const KernelInfo& kernel) { return kernel.persistent ? align(sizeof(uint32_t)) : 0; }
 
 // The last of a head's tiles may be shorter than those before it.
 bool tiles_differ(const ForwardParams& p, const KernelInfo& kernel) {
@@ -349,18 +348,18 @@ int64_t dq_blocks(const BackwardParams& p, const KernelInfo& kernel) {
   return p.heads_q * query_blocks(p, kernel.block_m);
 }
 size_t dq_turn_bytes(const BackwardParams& p, const KernelInfo& kernel) {
-  const bool counted = p.deterministic || is_persistent(kernel);
+  const bool counted = p.deterministic || kernel.persistent;
   return counted ? align(size_t(dq_blocks(p, kernel)) * sizeof(int32_t)) : 0;
 }
 size_t dq_accum_bytes(const BackwardParams& p, const KernelInfo& kernel) {
   int64_t blocks = dq_blocks(p, kernel);
-  if (is_persistent(kernel) && p.dq_heads < p.batch * p.heads_kv) {
+  if (kernel.persistent && p.dq_heads < p.batch * p.heads_kv) {
     blocks = int64_t(p.dq_heads) * (p.heads_q / p.heads_kv) * ceil_div(p.seqlen_q, kernel.block_m);
   }
   return align(size_t(blocks) * kernel.block_m * kernel.key.head_dim * sizeof(float));
 }
 size_t dq_progress_bytes(const BackwardParams& p, const KernelInfo& kernel) {
-  return is_persistent(kernel) ? align(size_t(2) * p.batch * p.heads_kv * sizeof(int32_t)) : 0;
+  return kernel.persistent ? align(size_t(2) * p.batch * p.heads_kv * sizeof(int32_t)) : 0;
 }
 
 // Heads that must run side by side lest the fixed order hold blocks back. A head's blocks start at most as fast as one
@@ -382,7 +381,7 @@ Workspace plan_backward(BackwardParams& p, const Queue& queue) {
       2 * (int64_t(p.seqlen_q) * group + p.seqlen_k) * p.head_dim * int64_t(element_bytes(p.dtype));
   p.head_group = choose_head_group(head_bytes, blocks, p.heads_kv * p.batch, blocks_differ(p),
                                    heads_of_fixed_order(p, kernel, queue), queue);
-  if (is_persistent(kernel)) plan_dq(p, kernel, queue);
+  if (kernel.persistent) plan_dq(p, kernel, queue);
   return {dq_accum_bytes(p, kernel) + dq_turn_bytes(p, kernel) + dq_progress_bytes(p, kernel) +
           blocks_taken_bytes(kernel)};
 }
@@ -397,14 +396,14 @@ void backward(BackwardParams p, void* workspace, const Queue& queue) {
   p.dq_turn = turn_bytes > 0 ? reinterpret_cast<int32_t*>(counters) : nullptr;
   p.dq_progress = reinterpret_cast<int32_t*>(counters + turn_bytes);
   p.blocks_taken = reinterpret_cast<uint32_t*>(counters + turn_bytes + progress_bytes);
-  const size_t left_alone = is_persistent(kernel) ? accum_bytes : 0;
+  const size_t left_alone = kernel.persistent ? accum_bytes : 0;
   check(cudaMemsetAsync(static_cast<char*>(workspace) + left_alone, 0,
                         accum_bytes - left_alone + turn_bytes + progress_bytes + taken_bytes,
                         static_cast<cudaStream_t>(queue.stream)),
         "clearing the backward's workspace");
   launch(preprocess_kernel(p, queue), p, queue);
   launch(kernel, p, queue);
-  if (!is_persistent(kernel)) launch(find(queue, KernelKind::kFinishDq, p.dtype, p.head_dim), p, queue);
+  if (!kernel.persistent) launch(find(queue, KernelKind::kFinishDq, p.dtype, p.head_dim), p, queue);
 }
 
 // That of the first device.

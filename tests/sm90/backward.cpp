@@ -1,4 +1,4 @@
-// Hopper's backward on the host against the definition: `backward DIM SEED`. Includes kernels from a copy of csrc in which
+// Hopper's backward on the host against the definition: `backward KIND DIM SEED`. Includes kernels from a copy of csrc in which
 // the files of overlay/ have replaced those that are PTX. One line a problem; exits with 1 where one differs.
 #include <climits>
 #include <cmath>
@@ -6,10 +6,18 @@
 
 #include "host.h"
 
+#include "cuda/kernels/finish_dq.cuh"
 #include "cuda/sm90/backward.cuh"
+#include "cuda/sm90/backward_fp32.cuh"
 #include "cuda/sm90/backward_wide.cuh"
 
 using namespace flash_attn;
+
+// As sm90/arch.cuh has it.
+struct Loops : Sm80 {
+  template <Kernel KERNEL, class T, int D, bool MODIFIED>
+  using Tuning = sm90::Tuning<KERNEL, T, D, MODIFIED>;
+};
 
 struct Task {
   std::vector<int> lengths_q, lengths_k, used_k;  // used_k: empty for all
@@ -51,6 +59,7 @@ struct Difference {
 template <class K, int D>
 bool check(const Task& task, int dim, float softcap, unsigned seed) {
   using T = typename K::T;
+  constexpr bool kFp32 = std::is_same_v<T, float>;  // its kernel leaves dQ to FinishDq
   std::mt19937 random(seed);
   const bool packed = task.packed;
   const int batch = int(task.lengths_q.size()), group = task.heads_q / task.heads_kv;
@@ -152,17 +161,17 @@ bool check(const Task& task, int dim, float softcap, unsigned seed) {
   p.softcap = softcap;
   p.window_left = task.window_left;
   p.window_right = task.causal ? 0 : -1;
-  p.dtype = std::is_same_v<T, Half> ? DType::kFloat16 : DType::kBFloat16;
-  p.aligned = true;
+  p.dtype = kFp32 ? DType::kFloat32 : std::is_same_v<T, Half> ? DType::kFloat16 : DType::kBFloat16;
+  p.aligned = dim % 8 == 0;
   p.head_group = 1;
   p.deterministic = task.deterministic;
-  const bool alike = !packed && task.used_k.empty();
+  const bool alike = !kFp32 && !packed && task.used_k.empty();
   p.dq_lag = alike ? ceil_div(longest_k, K::kN) : -1;
   p.dq_heads = std::min(batch * task.heads_kv, alike ? 2 : INT_MAX);
   const int64_t head_blocks = query_blocks(p, K::kM);
   const size_t sums = alike ? size_t(p.dq_heads) * group * ceil_div(longest_q, K::kM)
                             : size_t(task.heads_q) * head_blocks;
-  std::vector<float> dq_accum(sums * K::kM * D, NAN);
+  std::vector<float> dq_accum(sums * K::kM * D, kFp32 ? 0.0f : NAN);
   std::vector<int32_t> dq_turn(size_t(task.heads_q) * head_blocks);
   std::vector<int32_t> dq_progress(size_t(2) * batch * task.heads_kv);
   uint32_t blocks_taken = 0;
@@ -172,10 +181,14 @@ bool check(const Task& task, int dim, float softcap, unsigned seed) {
   p.blocks_taken = &blocks_taken;
 
   const typename K::Launched launched(p);
-  const unsigned blocks = unsigned(std::min<int64_t>(K::blocks(p), 3));
+  const unsigned blocks = unsigned(kFp32 ? K::blocks(p) : std::min<int64_t>(K::blocks(p), 3));
   host::launch(blocks, K::kThreads, K::kSharedBytes, [&] { K(launched, host::self->block->shared).run(); });
-  using Finish = typename K::Sums::Kernel;
-  if (p.dq_lag < 0) {
+  if constexpr (kFp32) {
+    using Finish = FinishDq<Loops, Problem<float, D, false>>;
+    host::launch(unsigned(Finish::blocks(p)), Finish::kThreads, Finish::kSharedBytes,
+                 [&] { Finish::run(p, blockIdx.x, host::self->block->shared); });
+  } else if (p.dq_lag < 0) {
+    using Finish = typename K::Sums::Kernel;
     host::launch(unsigned(Finish::blocks(p)), Finish::kThreads, Finish::kSharedBytes,
                  [&] { Finish(p, host::self->block->shared).run(); });
   }
@@ -186,7 +199,8 @@ bool check(const Task& task, int dim, float softcap, unsigned seed) {
     of_dv.add(widen(dv.values[i]), exact_dv[i]);
   }
   for (size_t i = 0; i < size_t(ends_q.back()) * task.heads_q * dim; ++i) of_dq.add(widen(dq.values[i]), exact_dq[i]);
-  const double bound = std::is_same_v<T, Half> ? 1e-3 : 8e-3;  // twice the dtype's rounding, P and dS being rounded too
+  // Twice the dtype's rounding, P and dS being rounded too.
+  const double bound = kFp32 ? 2e-6 : std::is_same_v<T, Half> ? 1e-3 : 8e-3;
   const bool good = of_dq.value() < bound && of_dk.value() < bound && of_dv.value() < bound;
   printf("%s dim %d, %s, %s, %s, %d queries and %d keys in %d: dq %.1e dk %.1e dv %.1e\n", good ? "good" : "BAD", dim,
          packed ? "packed" : "padded", task.causal ? "causal" : "full", task.deterministic ? "fixed" : "any order",
@@ -194,37 +208,49 @@ bool check(const Task& task, int dim, float softcap, unsigned seed) {
   return good;
 }
 
-// Plain, and at an odd head dim; then scored.
+const Task kTasks[] = {
+    {{70, 70, 70}, {130, 130, 130}, {}, false, false, false, 2, 2},
+    {{130, 130, 130}, {200, 200, 200}, {}, false, true, true, 2, 1},
+    {{70, 3, 131}, {150, 64, 70}, {}, true, true, false, 2, 1},
+    {{70, 3, 0, 64, 131}, {150, 64, 10, 0, 129}, {}, true, false, true, 2, 2},
+    {{5, 190}, {150, 70}, {}, true, true, true, 2, 1, 40},
+    {{100, 64}, {128, 150}, {77, 130}, true, false, false, 1, 1},
+    {{40, 100}, {128, 128}, {0, 101}, false, true, true, 2, 1},
+};
+
+// Plain; then scored, at an odd head dim.
 template <template <class, int, bool> class K, int D>
 bool check_all(unsigned seed) {
-  const Task tasks[] = {
-      {{70, 70, 70}, {130, 130, 130}, {}, false, false, false, 2, 2},
-      {{130, 130, 130}, {200, 200, 200}, {}, false, true, true, 2, 1},
-      {{70, 3, 131}, {150, 64, 70}, {}, true, true, false, 2, 1},
-      {{70, 3, 0, 64, 131}, {150, 64, 10, 0, 129}, {}, true, false, true, 2, 2},
-      {{5, 190}, {150, 70}, {}, true, true, true, 2, 1, 40},
-      {{100, 64}, {128, 150}, {77, 130}, true, false, false, 1, 1},
-      {{40, 100}, {128, 128}, {0, 101}, false, true, true, 2, 1},
-  };
   bool good = true;
-  for (const Task& task : tasks) {
+  for (const Task& task : kTasks) {
     good = check<K<BFloat16, D, false>, D>(task, D, 0.0f, seed) && good;
     good = check<K<Half, D, true>, D>(task, D - 8, 3.0f, seed) && good;
   }
   return good;
 }
+// By the copy engine; then rows that do not allow 16-byte access.
+template <int D>
+bool check_fp32(unsigned seed) {
+  bool good = true;
+  for (const Task& task : kTasks) {
+    good = check<sm90::Fp32Backward<D>, D>(task, D, 0.0f, seed) && good;
+    good = check<sm90::Fp32Backward<D>, D>(task, D - 5, 0.0f, seed) && good;
+  }
+  return good;
+}
 
 int main(int, char** arguments) {
-  const int dim = atoi(arguments[1]);
-  const unsigned seed = unsigned(atoi(arguments[2]));
+  const bool fp32 = std::strcmp(arguments[1], "fp32") == 0;
+  const int dim = atoi(arguments[2]);
+  const unsigned seed = unsigned(atoi(arguments[3]));
   srand(seed);
   switch (dim) {
     case 64:
-      return !check_all<sm90::Backward, 64>(seed);
+      return !(fp32 ? check_fp32<64>(seed) : check_all<sm90::Backward, 64>(seed));
     case 96:
       return !check_all<sm90::Backward, 96>(seed);
     case 128:
-      return !check_all<sm90::Backward, 128>(seed);
+      return !(fp32 ? check_fp32<128>(seed) : check_all<sm90::Backward, 128>(seed));
     case 192:
       return !check_all<sm90::WideBackward, 192>(seed);
     case 256:

@@ -40,8 +40,9 @@ struct Warp {
 struct ThreadBlock {
   Index number;
   char* shared;
-  Warp warps[12];
+  Warp warps[16];
   Meeting named[4];
+  int threads;
 };
 
 struct Thread {
@@ -139,6 +140,7 @@ void launch(unsigned blocks, unsigned threads_of_block, size_t shared_bytes, F&&
   argument = &f;
   for (unsigned block = 0; block < blocks; ++block) {
     all[block].number = {block};
+    all[block].threads = int(threads_of_block);
     all[block].shared = static_cast<char*>(aligned_alloc(1024, (shared_bytes + 1023) / 1024 * 1024));
     memset(all[block].shared, 0x7f, shared_bytes);  // NaN in either 16-bit dtype
     for (unsigned number = 0; number < threads_of_block; ++number) {
@@ -166,7 +168,7 @@ void launch(unsigned blocks, unsigned threads_of_block, size_t shared_bytes, F&&
 #define __grid_constant__
 
 inline void __syncwarp(unsigned = 0xffffffffu) { host::meet_warp(); }
-inline void __syncthreads() { host::meet(host::self->block->named[0], 384); }
+inline void __syncthreads() { host::meet(host::self->block->named[0], host::self->block->threads); }
 template <class T>
 T __shfl_sync(unsigned, T x, int lane) {
   return host::shuffle(x, lane);
@@ -180,7 +182,23 @@ inline unsigned atomicAdd(unsigned* p, unsigned x) {
   *p += x;
   return before;
 }
+inline unsigned __reduce_max_sync(unsigned, unsigned x) {
+  unsigned most = 0;
+  host::exchange([&](uint32_t(&mine)[4]) { mine[0] = x; },
+                 [&](uint32_t(&all)[32][4]) {
+                   for (const auto& of_lane : all) most = of_lane[0] > most ? of_lane[0] : most;
+                 });
+  return most;
+}
+inline int __any_sync(unsigned, int x) { return int(__reduce_max_sync(0, x != 0)); }
+inline void atomicMax(unsigned* p, unsigned x) { *p = x > *p ? x : *p; }
 inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
+inline unsigned max(unsigned a, unsigned b) { return a > b ? a : b; }
+template <class T>
+T __ldg(const T* p) {
+  return *p;
+}
 template <class T>
 T __ldcg(const T* p) {
   return *p;

@@ -25,6 +25,7 @@ struct BackwardBlock : KeyBlock<BLOCK_M, BLOCK_N> {
   using Params = BackwardParams;
   using T = T_;
   using Scalar = float;
+  static constexpr bool kPersistent = true;
   static constexpr int kBlockM = kM, kBlockN = kN, kStashBytes = 0;
   static constexpr int kComputing = 256, kThreads = 384;  // two warpgroups of three compute
   // A thread is launched with 168. What two warpgroups take the third must give, or they wait for ever.

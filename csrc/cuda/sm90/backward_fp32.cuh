@@ -7,6 +7,7 @@
 
 #include "../sm80/arch.cuh"
 #include "key_block.cuh"
+#include "maps.cuh"
 #include "parts.cuh"
 
 namespace flash_attn {
@@ -46,30 +47,47 @@ struct Fp32Backward : KeyBlock<64, 64> {
   static constexpr int kPAt = kDsAt + DsParts::kBytes, kRawAt = kPAt + kM * kN * 4, kControlAt = kRawAt + kM * D * 4;
   static constexpr int kSharedBytes = kControlAt + (int(sizeof(Control)) + 127) / 128 * 128;
 
+  struct Launched {
+    Params p;
+    CUtensorMap q, k, v, dout;  // where rows are aligned
+
+    explicit Launched(const Params& p) : p(p), q{}, k{}, v{}, dout{} {
+      if (!p.aligned) return;
+      q = map_queries(p, p.q, Batch::kCount, D);
+      k = map_keys(p, p.k, Batch::kCount, D);
+      v = map_keys(p, p.v, Batch::kCount, D);
+      dout = map_queries(p, p.dout, Batch::kCount, D);
+    }
+  };
+
   static int64_t blocks(const Params& p) { return int64_t(ceil_div(p.seqlen_k, kN)) * p.heads_kv * p.batch; }
+  static void launch(const void* params, int64_t blocks, int shared_bytes, void* stream) {
+    launch_blocks<Fp32Backward>(Launched(*static_cast<const Params*>(params)), blocks, 1, shared_bytes, stream);
+  }
+  static const void* device() { return reinterpret_cast<const void*>(&run_blocks<Fp32Backward>); }
 
   struct Lanes {
     static constexpr int kThreads = Fp32Backward::kThreads;
     static FA_DEVICE int lane() { return int(threadIdx.x); }
   };
 
+  const Launched& launched;
   char* const shared;
   Control& control;
 
-  static FA_DEVICE void run(const Params& p, int64_t block, char* shared) {
-    Fp32Backward self(p, uint32_t(block), shared);
-    clear_spare_rows<Lanes>(p, p.cu_seqlens_k, p.total_k, self.work.batch, self.work.key_begin / kN,
-                            ceil_div(p.seqlen_k, kN), [&](int64_t row, int col) {
-                              head_rows<T>(p.dk, 0, self.work.kv_head, row)[col] = T{};
-                              head_rows<T>(p.dv, 0, self.work.kv_head, row)[col] = T{};
-                            });
-    if (self.work.key_begin < self.seq.stored_k) self.run();
-  }
-
-  FA_DEVICE Fp32Backward(const Params& p, uint32_t block, char* shared)
-      : KeyBlock<64, 64>(p, block), shared(shared), control(*reinterpret_cast<Control*>(shared + kControlAt)) {}
+  FA_DEVICE Fp32Backward(const Launched& launched, char* shared)
+      : KeyBlock<64, 64>(launched.p, blockIdx.x),
+        launched(launched),
+        shared(shared),
+        control(*reinterpret_cast<Control*>(shared + kControlAt)) {}
 
   FA_DEVICE void run() {
+    clear_spare_rows<Lanes>(p, p.cu_seqlens_k, p.total_k, work.batch, work.key_begin / kN, ceil_div(p.seqlen_k, kN),
+                            [&](int64_t row, int col) {
+                              head_rows<T>(p.dk, 0, work.kv_head, row)[col] = T{};
+                              head_rows<T>(p.dv, 0, work.kv_head, row)[col] = T{};
+                            });
+    if (work.key_begin >= seq.stored_k) return;
     if (threadIdx.x == 0) {
       for (Barrier& keys : control.keys_full) keys.init(kLoaders * 32);
       for (int slot = 0; slot < kSlots; ++slot) {
@@ -100,70 +118,66 @@ struct Fp32Backward : KeyBlock<64, 64> {
     }
   }
 
-  // A place in the ring, and which phase of its barriers.
-  struct Place {
-    int at = 0;
-    uint32_t phase = 0;
-    FA_DEVICE void step() {
-      if (++at == kSlots) {
-        at = 0;
-        phase ^= 1;
-      }
-    }
-  };
   FA_DEVICE char* slot_tile(const Place& place) const { return shared + kRingAt + place.at * Parts::kBytes; }
 
   // ---- loading: a warp has eight rows of every tile; while it splits them, the next are on their way --------------
 
-  // A warp's rows of a tile, and a value for each of them: this lane's.
-  struct Source {
-    const float* at = nullptr;
-    int64_t row_stride = 0;
-    int rows = 0;
-    float value = 0;
-  };
-  FA_DEVICE Source keys(const TensorRef& tensor, int first) const {
-    const int key = work.key_begin + first;
-    return {head_rows<const T>(tensor, work.batch, work.kv_head, seq.first_k + key), tensor.row_stride,
-            seq.len_k - key, 0.0f};
+  // Tiles are numbered: K, V, then dO and Q of each step.
+  template <class X>
+  static FA_DEVICE const X& of_tile(int tile, const X& k, const X& v, const X& dout, const X& q) {
+    return tile < 2 ? (tile == 0 ? k : v) : (tile % 2 == 0 ? dout : q);
   }
-  FA_DEVICE Source queries(const TensorRef& tensor, const RowsRef& values, float scale, float beyond, const Step& step,
-                           int first) const {
+  // A warp's rows of one, from `row` of the tensor on, and a value for each of them: this lane's.
+  struct Source {
+    int row, head, rows;
+    float value;
+  };
+  FA_DEVICE Source source_of_keys(int first) const {
+    const int key = work.key_begin + first;
+    return {int(seq.first_k) + key, work.kv_head, seq.len_k - key, 0.0f};
+  }
+  FA_DEVICE Source source_of_queries(const RowsRef& values, float scale, float beyond, const Step& step,
+                                     int first) const {
     const int query = walk.query(step.index) + first, lane = int(threadIdx.x) % 32, rows = seq.len_q - query;
     const float* const of_row = head_rows<const float>(values, work.batch, step.head, seq.first_q + query);
-    return {head_rows<const T>(tensor, work.batch, step.head, seq.first_q + query), tensor.row_stride, rows,
-            (lane < 8 && lane < rows ? of_row[lane] : beyond) * scale};
+    const float value = lane < Batch::kCount && lane < rows ? of_row[lane] : beyond;
+    return {int(seq.first_q) + query, step.head, rows, value * scale};
   }
 
   FA_DEVICE void load() {
-    const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0) - kComputing / 32, first = warp * 8;
-    const int lane = int(threadIdx.x) % 32, tiles = steps() > 0 ? 2 + 2 * steps() : 0;
+    const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0) - kComputing / 32;
+    const int first = warp * Batch::kCount, lane = int(threadIdx.x) % 32, tiles = steps() > 0 ? 2 + 2 * steps() : 0;
     char* const raw = shared + kRawAt + first * D * 4;
     Step step(work.kv_head * group);
-    Source next;
+    Source next{};
     const auto fetch = [&](int tile) {
       if (tile >= tiles) return;
       if (tile < 2) {
-        next = keys(tile == 0 ? p.k : p.v, first);
+        next = source_of_keys(first);
       } else if (tile % 2 == 0) {
-        next = queries(p.dout, p.delta, -1.0f, 0.0f, step, first);
+        next = source_of_queries(p.delta, -1.0f, 0.0f, step, first);
       } else {
-        next = queries(p.q, p.lse, -float(kLog2E), infinity<float>(), step, first);
+        next = source_of_queries(p.lse, -float(kLog2E), infinity<float>(), step, first);
         step.next(walk.steps);
       }
-      if (p.aligned) copy(raw, next, control.copied[warp]);
+      if (!p.aligned || !first_lane()) return;
+      const CUtensorMap& map = of_tile(tile, launched.k, launched.v, launched.dout, launched.q);
+      control.copied[warp].arrive_expecting(Batch::kBytes);
+      load_box(shared_address(raw), map, control.copied[warp], 0, next.row, next.head, p.cu_seqlens_q ? 0 : work.batch);
     };
     fetch(0);
     Place slot;
     for (int tile = 0; tile < tiles; ++tile) {
-      const Source now = next;
       Batch batch;
       if (p.aligned) {
         control.copied[warp].wait(tile % 2);
-        batch.read(raw, now.rows, p.head_dim);
+        batch.read(raw, next.rows, p.head_dim);
       } else {
-        batch.template load<false>(now.at, now.row_stride, now.rows, p.head_dim);
+        const TensorRef& tensor = of_tile(tile, p.k, p.v, p.dout, p.q);
+        batch.template load<false>(head_rows<const T>(tensor, work.batch, next.head, next.row), tensor.row_stride,
+                                   next.rows, p.head_dim);
       }
+      const float value = next.value;
       const RowExponents<Batch> exponents(batch);
       __syncwarp();  // the copies have been read
       fetch(tile + 1);
@@ -175,19 +189,11 @@ struct Fp32Backward : KeyBlock<64, 64> {
       }
       control.free[slot.at].wait(slot.phase ^ 1);
       Parts::put(slot_tile(slot), control.from_parts[slot.at], first, batch, exponents);
-      if (lane < 8) control.of_query[slot.at][first + lane] = now.value;
+      if (lane < Batch::kCount) control.of_query[slot.at][first + lane] = value;
       fence_async_proxy();
       control.full[slot.at].arrive();
-      slot.step();
+      slot.step(kSlots);
     }
-  }
-
-  // Those of the rows that there are, a lane a row.
-  FA_DEVICE void copy(char* raw, const Source& source, Barrier& copied) const {
-    const int lane = int(threadIdx.x) % 32, rows = max_int(0, min_int(8, source.rows));
-    if (lane == 0) copied.arrive_expecting(rows * p.head_dim * 4);
-    __syncwarp();
-    if (lane < rows) load_bytes(raw + lane * D * 4, source.at + lane * source.row_stride, p.head_dim * 4, copied);
   }
 
   // ---- computing --------------------------------------------------------------------------------------------------
@@ -196,10 +202,9 @@ struct Fp32Backward : KeyBlock<64, 64> {
   struct State {
     Place dout, query;
     uint32_t phase = 0;  // of a step
-    FA_DEVICE State() { query.step(); }
+    FA_DEVICE State() { query.step(kSlots); }
     FA_DEVICE void step() {
-      dout.step(), dout.step();
-      query.step(), query.step();
+      for (Place* place : {&dout, &query}) place->step(kSlots), place->step(kSlots);
       phase ^= 1;
     }
   };

@@ -27,6 +27,7 @@ struct Forward {
   using T = T_;
   using Params = ForwardParams;
   using Tuning = ForwardTuning<D>;
+  static constexpr bool kPersistent = true;
   static constexpr int kM = Tuning::kBlockM, kN = Tuning::kBlockN, kStages = Tuning::kStages;
   static constexpr int kBlockM = kM, kBlockN = kN;
   static constexpr int kGroups = kM / 64, kWarps = 4 * kGroups;  // that compute; the producer is one more group
@@ -172,18 +173,6 @@ struct Forward {
   }
   static_assert(sizeof(Message) <= kMessageBytes);
 
-  // A place in a ring of stages: which stage, and which phase of its barriers.
-  struct Place {
-    int stage = 0;
-    uint32_t phase = 0;
-    FA_DEVICE void step() {
-      if (++stage == kStages) {
-        stage = 0;
-        phase ^= 1;
-      }
-    }
-  };
-
   // A warp's work. Lane g writes to warpgroup g and loads its Q.
   FA_DEVICE void produce() {
     const int lane = int(threadIdx.x) % 32;
@@ -234,14 +223,14 @@ struct Forward {
     const int batch = p.cu_seqlens_q ? 0 : next.work.batch, kv_head = next.work.head / (p.heads_q / p.heads_kv);
     uint32_t following = 0;
     for (int key = next.keys.begin; key < next.keys.end; key += kN) {
-      const int stage = place.stage, row = int(next.seq.first_k) + key;
+      const int stage = place.at, row = int(next.seq.first_k) + key;
       if (key + kN >= next.keys.end) following = this->following(tile);
       load_keys(launched.k, k_address(stage), barriers.k_full[stage], barriers.k_free[stage], place.phase, row, kv_head,
                 batch);
       if (key == next.keys.begin) load_queries(next, turn, batch);
       load_keys(launched.v, v_address(stage), barriers.v_full[stage], barriers.v_free[stage], place.phase, row, kv_head,
                 batch);
-      place.step();
+      place.step(kStages);
     }
     return following;
   }
@@ -341,11 +330,11 @@ struct Forward {
   FA_DEVICE void pass_by(int blocks, Place& place) {
 #pragma unroll 1
     for (; blocks > 0; --blocks) {
-      barriers.k_full[place.stage].wait(place.phase);
-      barriers.v_full[place.stage].wait(place.phase);
-      release_keys(barriers.k_free[place.stage]);
-      release_keys(barriers.v_free[place.stage]);
-      place.step();
+      barriers.k_full[place.at].wait(place.phase);
+      barriers.v_full[place.at].wait(place.phase);
+      release_keys(barriers.k_free[place.at]);
+      release_keys(barriers.v_free[place.at]);
+      place.step(kStages);
     }
   }
 
@@ -374,15 +363,15 @@ struct Forward {
   // The last block's values. Behind a sequence's last key they may be another's, and must not reach the
   // multiply, where 0 * NaN is NaN.
   FA_DEVICE void multiply_last(const Share& share, State& state) {
-    const int stage = state.place.stage;
+    const int stage = state.place.at;
     if (share.values < kN) clear_rows<kPanels>(shared + kQBytes + stage * 2 * kKBytes + kKBytes, kKPanel, share.values);
     multiply_values(state.output, state.probabilities, stage);
   }
   FA_DEVICE void await_last(State& state) {
     wgmma_wait<0>();
     hold(state.output.value);
-    release_keys(barriers.v_free[state.place.stage]);
-    state.place.step();
+    release_keys(barriers.v_free[state.place.at]);
+    state.place.step(kStages);
   }
 
   // The last values, the rows' results, where they may under the multiply, and the output.
@@ -447,8 +436,8 @@ struct Forward {
     Scores scores;
     Rows rescale;
     if (kQueriesInRegisters) take_queries(state.queries);
-    barriers.k_full[state.place.stage].wait(state.place.phase);
-    multiply_scores(scores, state.queries, state.place.stage);
+    barriers.k_full[state.place.at].wait(state.place.phase);
+    multiply_scores(scores, state.queries, state.place.at);
     // Not before: a load from shared memory may be overtaken by an arrival that follows it, and by the copy of the next
     // tile's Q. Multiplies that are under way have their registers.
     if (kQueriesInRegisters) barriers.q_free[group].arrive();
@@ -456,7 +445,7 @@ struct Forward {
     hold(state.output.value);
     wgmma_wait<0>();
     hold(scores.value);
-    release_factors(share, state.place.stage, key);
+    release_factors(share, state.place.at, key);
     scoring.modifier.apply(scores, tile.work.query_begin, key);
     if (!share.all_see(key)) share.template hide<IntRows>(p, tile, key, scores);
     state.softmax.raise_max(scores, scale_log2, rescale);
@@ -464,7 +453,7 @@ struct Forward {
     state.softmax.exponentiate(scores, scale_log2);
     drop(tile, scoring, key, scores);
     state.probabilities.narrow(scores);
-    barriers.v_full[state.place.stage].wait(state.place.phase);
+    barriers.v_full[state.place.at].wait(state.place.phase);
   }
 
   // A block's scores are known. Q goes as well with the last block, where it is still there: the next tile's is loaded
@@ -481,11 +470,11 @@ struct Forward {
     Rows rescale;
     const float scale_log2 = scoring.modifier.scale_log2();
     const Place last = state.place;
-    state.place.step();
-    const int stage = state.place.stage;
+    state.place.step(kStages);
+    const int stage = state.place.at;
     barriers.k_full[stage].wait(state.place.phase);
     multiply_scores(scores, state.queries, stage);
-    multiply_values(state.output, state.probabilities, last.stage);
+    multiply_values(state.output, state.probabilities, last.at);
     wgmma_wait<1>();
     hold(scores.value);
     release_factors(share, stage, key);
@@ -513,7 +502,7 @@ struct Forward {
     hold(next.sum.value);
     await_values(some, state.place);
     hold(state.output.value);
-    release_keys(barriers.v_free[last.stage]);
+    release_keys(barriers.v_free[last.at]);
     if (NEW_CHUNK) {
       const bool first = (key - 1) / p.split_size == share.begin / p.split_size;
       if (kStashIsShared && first) await_output_read();
@@ -540,7 +529,7 @@ struct Forward {
   // branch depends on a sum, stands between.
   FA_DEVICE void await_values(float sum, const Place& place) {
     const bool never = sum == -1.0f;
-    barriers.v_full[place.stage].wait(place.phase ^ uint32_t(never));
+    barriers.v_full[place.at].wait(place.phase ^ uint32_t(never));
     wgmma_wait<0>();
   }
 

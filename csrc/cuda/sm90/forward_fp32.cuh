@@ -10,6 +10,7 @@
 #include "../attention/epilogue.cuh"
 #include "../attention/score.cuh"
 #include "../sm80/fragment.cuh"
+#include "maps.cuh"
 #include "parts.cuh"
 #include "share.cuh"
 #include "wgmma.cuh"
@@ -31,6 +32,8 @@ struct Fp32Forward {
   using Tile = ForwardTile<kM, kN>;
   using Share = KeyShare<kM, kN>;
   using Parts = PartsTile<D>;
+  static constexpr int kBatch = kN / kLoaders;  // rows of a warp that loads
+  using Batch = WarpRows<D, kBatch>;
   using Scores = sm80::Accumulator<float, kM, kN, kWarps, kWarps>;
   using Output = sm80::Accumulator<float, kM, D, kWarps, kWarps>;
   using Rows = sm80::Rows<float, kM, kWarps>;
@@ -54,33 +57,45 @@ struct Fp32Forward {
   static constexpr int kFoldAt = kRawAt + kFoldRing.bytes();
   static constexpr int kStashBytes = kFoldAt + (kM * D + 2 * kM) * 4 - kSharedBytes;
 
+  struct Launched {
+    Params p;
+    CUtensorMap k, v;  // where rows are aligned
+
+    explicit Launched(const Params& p)
+        : p(p),
+          k(p.aligned ? map_keys(p, p.k, kBatch, D) : CUtensorMap{}),
+          v(p.aligned ? map_keys(p, p.v, kBatch, D) : CUtensorMap{}) {}
+  };
+
   static int64_t blocks(const Params& p) { return Work::blocks(p); }
+  static void launch(const void* params, int64_t blocks, int shared_bytes, void* stream) {
+    launch_blocks<Fp32Forward>(Launched(*static_cast<const Params*>(params)), blocks, 1, shared_bytes, stream);
+  }
+  static const void* device() { return reinterpret_cast<const void*>(&run_blocks<Fp32Forward>); }
 
   struct Lanes {
     static constexpr int kThreads = Fp32Forward::kThreads;
     static FA_DEVICE int lane() { return int(threadIdx.x); }
   };
 
+  const Launched& launched;
   const Params& p;
   char* const shared;
   Control& control;
   const Tile tile;
   const Ring ring;
 
-  static FA_DEVICE void run(const Params& p, int64_t block, char* shared) {
-    const Tile tile(p, Work(p, uint32_t(block)));
-    if (tile.clears(p)) clear_rows_of_no_sequence<T, Lanes>(p, tile.work);
-    if (tile.has_rows()) Fp32Forward(p, tile, shared).run();
-  }
-
-  FA_DEVICE Fp32Forward(const Params& p, const Tile& tile, char* shared)
-      : p(p),
+  FA_DEVICE Fp32Forward(const Launched& launched, char* shared)
+      : launched(launched),
+        p(launched.p),
         shared(shared),
         control(*reinterpret_cast<Control*>(shared + kQBytes)),
-        tile(tile),
+        tile(p, Work(p, blockIdx.x)),
         ring(may_fold(p) ? kFoldRing : kRing) {}
 
   FA_DEVICE void run() {
+    if (tile.clears(p)) clear_rows_of_no_sequence<T, Lanes>(p, tile.work);
+    if (!tile.has_rows()) return;
     if (threadIdx.x == 0) {
       for (int slot = 0; slot < kMaxSlots; ++slot) {
         control.full[slot].init(kLoaders * 32);  // every lane that has written, and read: racecheck follows that
@@ -101,29 +116,15 @@ struct Fp32Forward {
     }
   }
 
-  // A place among `count`, and which phase of its barriers.
-  struct Place {
-    int at = 0;
-    uint32_t phase = 0;
-    FA_DEVICE void step(int count) {
-      if (++at == count) {
-        at = 0;
-        phase ^= 1;
-      }
-    }
-  };
   FA_DEVICE char* slot_tile(const Place& place) const {
     return shared + kRawAt + ring.raws * kRawBytes + place.at * Parts::kBytes;
   }
 
   // ---- loading: a warp has eight rows of every tile; while it splits them, the next are on their way --------------
 
-  static constexpr int kRowsOfWarp = kN / kLoaders, kBatch = 8;
-  using Batch = WarpRows<D, kBatch>;
 
-  // A warp's rows of tiles in the order of the ring: keys and values of one block, then of the next.
+  // A warp's rows, from `key` on, of tiles in the order of the ring: keys and values of one block, then of the next.
   struct Source {
-    const float *k, *v;
     int key;
     bool values = false;
     FA_DEVICE void step() {
@@ -133,35 +134,35 @@ struct Fp32Forward {
   };
 
   FA_DEVICE void load() {
-    const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0) - kWarps, first = warp * kRowsOfWarp;
-    const int kv_head = tile.work.head / (p.heads_q / p.heads_kv);
-    const int64_t row = tile.seq.first_k;
-    Source source{head_rows<const T>(p.k, tile.work.batch, kv_head, row),
-                  head_rows<const T>(p.v, tile.work.batch, kv_head, row), tile.keys.begin + first};
-    Source ahead = source;
-    const int end = tile.keys.end + first;
+    const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0) - kWarps, first = warp * kBatch;
+    const int kv_head = tile.work.head / (p.heads_q / p.heads_kv), end = tile.keys.end + first;
+    const int first_k = int(tile.seq.first_k);
+    Source source{tile.keys.begin + first}, ahead = source;
     Place slot, raw, raw_ahead;
     const auto fetch = [&] {
-      if (ahead.key < end) copy(ahead, warp, raw_ahead.at);
+      if (p.aligned && ahead.key < end && first_lane()) {
+        Barrier& copied = control.copied[raw_ahead.at][warp];
+        copied.arrive_expecting(Batch::kBytes);
+        load_box(shared_address(raw_rows(raw_ahead.at, first)), ahead.values ? launched.v : launched.k, copied, 0,
+                 first_k + ahead.key, kv_head, p.cu_seqlens_k ? 0 : tile.work.batch);
+      }
       ahead.step();
       raw_ahead.step(ring.raws);
     };
     for (int i = 0; i < ring.raws; ++i) fetch();
     for (; source.key < end; slot.step(ring.slots)) {
-      if (p.aligned) control.copied[raw.at][warp].wait(raw.phase);
+      const int rows = tile.seq.len_k - source.key;
+      Batch batch;
       control.free[slot.at].wait(slot.phase ^ 1);
-      FA_UNROLL
-      for (int row = 0; row < kRowsOfWarp; row += kBatch) {
-        Batch batch;
-        if (p.aligned) {
-          batch.read(raw_rows(raw.at, first + row), tile.seq.len_k - source.key - row, p.head_dim);
-        } else {
-          const int64_t stride = source.values ? p.v.row_stride : p.k.row_stride;
-          batch.template load<false>((source.values ? source.v : source.k) + (source.key + row) * stride, stride,
-                     tile.seq.len_k - source.key - row, p.head_dim);
-        }
-        Parts::put(slot_tile(slot), control.from_parts[slot.at], first + row, batch, RowExponents<Batch>(batch));
+      if (p.aligned) {
+        control.copied[raw.at][warp].wait(raw.phase);
+        batch.read(raw_rows(raw.at, first), rows, p.head_dim);
+      } else {
+        const TensorRef& tensor = source.values ? p.v : p.k;
+        batch.template load<false>(head_rows<const T>(tensor, tile.work.batch, kv_head, first_k + source.key),
+                                   tensor.row_stride, rows, p.head_dim);
       }
+      Parts::put(slot_tile(slot), control.from_parts[slot.at], first, batch, RowExponents<Batch>(batch));
       fence_async_proxy();
       control.full[slot.at].arrive();
       __syncwarp();  // the copies have been read
@@ -172,17 +173,6 @@ struct Fp32Forward {
   }
 
   FA_DEVICE char* raw_rows(int raw, int row) const { return shared + kRawAt + raw * kRawBytes + row * D * 4; }
-  // Those of a warp's rows that there are, a lane a row.
-  FA_DEVICE void copy(const Source& source, int warp, int raw) const {
-    if (!p.aligned) return;
-    const int lane = int(threadIdx.x) % 32, rows = max_int(0, min_int(kRowsOfWarp, tile.seq.len_k - source.key));
-    Barrier& copied = control.copied[raw][warp];
-    if (lane == 0) copied.arrive_expecting(rows * p.head_dim * 4);
-    __syncwarp();
-    const int64_t stride = source.values ? p.v.row_stride : p.k.row_stride;
-    const float* const from = (source.values ? source.v : source.k) + (source.key + lane) * stride;
-    if (lane < rows) load_bytes(raw_rows(raw, warp * kRowsOfWarp + lane), from, p.head_dim * 4, copied);
-  }
 
   // ---- computing --------------------------------------------------------------------------------------------------
 

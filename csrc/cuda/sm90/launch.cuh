@@ -30,19 +30,25 @@ inline auto tensor_map_encoder() {
   return encoder;
 }
 
-// Boxes of `box_rows` rows and one 128-byte panel of columns of t [batch, rows, heads, head_dim], 16-bit elements;
-// what lies outside reads as zero.
+// Boxes of `box_rows` rows of t [batch, rows, heads, head_dim]; what lies outside reads as zero. 16-bit elements: of
+// one 128-byte panel of columns, swizzled as wgmma wants it. fp32: of `box_cols` columns, as they are.
 inline CUtensorMap tensor_map(const TensorRef& t, DType dtype, int batch, int rows, int heads, int head_dim,
-                              int box_rows) {
+                              int box_rows, int box_cols = 64) {
+  const int element_bytes = is_16_bit(dtype) ? 2 : 4;
   const cuuint64_t sizes[4] = {cuuint64_t(head_dim), cuuint64_t(rows), cuuint64_t(heads), cuuint64_t(batch)};
-  const auto bytes = [](int64_t stride, int size) { return size > 1 ? cuuint64_t(stride) * 2 : cuuint64_t(16); };
+  const auto bytes = [=](int64_t stride, int size) {
+    return size > 1 ? cuuint64_t(stride) * element_bytes : cuuint64_t(16);
+  };
   const cuuint64_t strides[3] = {bytes(t.row_stride, rows), bytes(t.head_stride, heads), bytes(t.batch_stride, batch)};
-  const cuuint32_t box[4] = {64, cuuint32_t(box_rows), 1, 1}, steps[4] = {1, 1, 1, 1};
+  const cuuint32_t box[4] = {cuuint32_t(box_cols), cuuint32_t(box_rows), 1, 1}, steps[4] = {1, 1, 1, 1};
+  const auto type = dtype == DType::kFloat32    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+                    : dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   CUtensorMap map;
   const CUresult result = tensor_map_encoder()(
-      &map, dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4, t.data,
-      sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      &map, type, 4, t.data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      is_16_bit(dtype) ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     throw std::runtime_error("describing a tensor to the copy engine failed (error " + std::to_string(int(result)) +
                              ")");

@@ -6,13 +6,13 @@
 namespace flash_attn {
 namespace sm90 {
 
-inline CUtensorMap map_queries(const AttentionParams& p, const TensorRef& t, int box_rows) {
-  return p.cu_seqlens_q ? tensor_map(t, p.dtype, 1, p.total_q, p.heads_q, p.head_dim, box_rows)
-                        : tensor_map(t, p.dtype, p.batch, p.seqlen_q, p.heads_q, p.head_dim, box_rows);
+inline CUtensorMap map_queries(const AttentionParams& p, const TensorRef& t, int box_rows, int box_cols = 64) {
+  return p.cu_seqlens_q ? tensor_map(t, p.dtype, 1, p.total_q, p.heads_q, p.head_dim, box_rows, box_cols)
+                        : tensor_map(t, p.dtype, p.batch, p.seqlen_q, p.heads_q, p.head_dim, box_rows, box_cols);
 }
-inline CUtensorMap map_keys(const AttentionParams& p, const TensorRef& t, int box_rows) {
-  return p.cu_seqlens_q ? tensor_map(t, p.dtype, 1, p.total_k, p.heads_kv, p.head_dim, box_rows)
-                        : tensor_map(t, p.dtype, p.batch, p.seqlen_k, p.heads_kv, p.head_dim, box_rows);
+inline CUtensorMap map_keys(const AttentionParams& p, const TensorRef& t, int box_rows, int box_cols = 64) {
+  return p.cu_seqlens_q ? tensor_map(t, p.dtype, 1, p.total_k, p.heads_kv, p.head_dim, box_rows, box_cols)
+                        : tensor_map(t, p.dtype, p.batch, p.seqlen_k, p.heads_kv, p.head_dim, box_rows, box_cols);
 }
 
 }  // namespace sm90

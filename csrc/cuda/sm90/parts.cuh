@@ -4,6 +4,7 @@
 #pragma once
 
 #include "../sm80/ptx.cuh"
+#include "ptx.cuh"
 #include "tma.cuh"
 
 namespace flash_attn {
@@ -12,6 +13,7 @@ namespace sm90 {
 // COUNT rows of D columns in the registers of a warp, four columns a lane.
 template <int D, int COUNT>
 struct WarpRows {
+  static constexpr int kCount = COUNT, kBytes = COUNT * D * 4;
   static constexpr int kAtOnce = D == 64 ? 2 : 1, kVectors = COUNT / kAtOnce;
   static constexpr int kLanesOfRow = 32 / kAtOnce;
   float x[kVectors][4];
@@ -106,10 +108,6 @@ FA_DEVICE float inverse_power(float x) { return bits_to_float((254u << 23) - flo
 FA_DEVICE void split(float x, float y, uint32_t& high, uint32_t& low) {
   high = sm80::pack(Half{}, x, y);
   low = sm80::pack(Half{}, x - widen(Half{uint16_t(high & 0xffff)}), y - widen(Half{uint16_t(high >> 16)}));
-}
-
-FA_DEVICE void store_shared(uint32_t at, uint32_t x, uint32_t y) {
-  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(at), "r"(x), "r"(y) : "memory");
 }
 
 // 64 rows as a factor in shared memory: panels of 64 columns, in each the rows' high parts, then their low ones, 128

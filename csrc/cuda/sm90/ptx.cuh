@@ -136,5 +136,9 @@ FA_DEVICE void store_matrices(uint32_t address, const uint32_t (&x)[4]) {
                : "memory");
 }
 
+FA_DEVICE void store_shared(uint32_t address, uint32_t x, uint32_t y) {
+  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(x), "r"(y) : "memory");
+}
+
 }  // namespace sm90
 }  // namespace flash_attn

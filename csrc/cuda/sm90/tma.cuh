@@ -40,6 +40,18 @@ class Barrier {
   uint64_t state_;
 };
 
+// A place among `count` that are used in turn, and the phase of its barriers.
+struct Place {
+  int at = 0;
+  uint32_t phase = 0;
+  FA_DEVICE void step(int count) {
+    if (++at == count) {
+      at = 0;
+      phase ^= 1;
+    }
+  }
+};
+
 // Where the cluster's thread block `rank` has what this one has at `address`.
 FA_DEVICE uint32_t cluster_address(uint32_t address, uint32_t rank) {
   uint32_t there;
@@ -78,15 +90,6 @@ FA_DEVICE void load_box_to_both(uint32_t dst, const CUtensorMap& map, Barrier& b
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, "
       "%4, %5, %6}], [%2], %7;" ::"r"(dst),
       "l"(&map), "r"(shared_address(&barrier)), "r"(column), "r"(row), "r"(head), "r"(batch), "h"(uint16_t(3))
-      : "memory");
-}
-
-// `bytes` of device memory, a multiple of 16 like both addresses. Likewise.
-FA_DEVICE void load_bytes(char* dst, const void* src, int bytes, Barrier& barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-          shared_address(dst)),
-      "l"(src), "r"(bytes), "r"(shared_address(&barrier))
       : "memory");
 }
 

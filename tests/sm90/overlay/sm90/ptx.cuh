@@ -69,6 +69,11 @@ struct Wgmma {
   }
 };
 
+FA_DEVICE void store_shared(uint32_t address, uint32_t x, uint32_t y) {
+  const uint32_t both[2] = {x, y};
+  memcpy(host::shared_memory(address), both, 8);
+}
+
 FA_DEVICE void store_matrices(uint32_t address, const uint32_t (&x)[4]) {
   const int lane = int(threadIdx.x) % 32;
   host::exchange([&](uint32_t(&mine)[4]) { mine[0] = address; },

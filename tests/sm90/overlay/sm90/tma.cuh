@@ -7,7 +7,7 @@
 struct CUtensorMap {
   const char* data;
   int64_t sizes[4], strides[4];  // column first
-  int box_rows;
+  int box_rows, box_cols, element_bytes;
 };
 
 namespace flash_attn {
@@ -59,6 +59,15 @@ class Barrier {
 };
 static_assert(sizeof(Barrier) == 8);
 
+struct Place {
+  int at = 0;
+  uint32_t phase = 0;
+  void step(int count) {
+    phase ^= ++at == count;
+    at %= count;
+  }
+};
+
 FA_DEVICE void fence_barrier_init() {}
 FA_DEVICE void fence_async_proxy() {}
 FA_DEVICE void fence_async_proxy_global() {}
@@ -66,8 +75,9 @@ FA_DEVICE void prefetch(const CUtensorMap&) {}
 
 FA_DEVICE void load_box(uint32_t dst, const CUtensorMap& map, Barrier& barrier, int column, int row, int head,
                         int batch) {
+  const int bytes = map.element_bytes;
   for (int r = 0; r < map.box_rows; ++r) {
-    for (int c = 0; c < 64; ++c) {
+    for (int c = 0; c < map.box_cols; ++c) {
       const int64_t at[4] = {column + c, row + r, head, batch};
       bool inside = true;
       int64_t offset = 0;
@@ -75,12 +85,13 @@ FA_DEVICE void load_box(uint32_t dst, const CUtensorMap& map, Barrier& barrier, 
         inside = inside && at[i] >= 0 && at[i] < map.sizes[i];
         offset += at[i] * map.strides[i];
       }
-      uint16_t x = 0;
-      if (inside) memcpy(&x, map.data + offset * 2, 2);
-      memcpy(host::swizzled(dst + r * 128 + c * 2), &x, 2);
+      uint32_t x = 0;
+      if (inside) memcpy(&x, map.data + offset * bytes, size_t(bytes));
+      const uint32_t to = dst + uint32_t((r * map.box_cols + c) * bytes);
+      memcpy(bytes == 2 ? host::swizzled(to) : host::shared_memory(to), &x, size_t(bytes));
     }
   }
-  barrier.complete(map.box_rows * 128);
+  barrier.complete(map.box_rows * map.box_cols * bytes);
 }
 
 FA_DEVICE void store(float* dst, uint32_t src, int bytes) { memcpy(dst, host::shared_memory(src), size_t(bytes)); }
