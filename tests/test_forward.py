@@ -89,11 +89,12 @@ def test_float32_rows_of_any_size(device, dim, factor):
     reach = torch.randint(-20, 21, (1, 300, 4, 1), generator=torch.Generator().manual_seed(1))
     v *= torch.exp2(reach.to(v)) * factor
     q, k = q * factor**-0.5, k * factor**0.5
-    for causal in (False, True):
-        out = flash_attn_func(q, k, v, causal=causal)
-        expected = exact(q, k, v, causal=causal).out
-        plain = attention_reference(q, k, v, causal=causal).out
-        summed = exact(q, k, v.abs(), causal=causal).out  # what an element's terms add up to
+    for window in ((-1, -1), (-1, 0), (30, 0)):
+        out = flash_attn_func(q, k, v, window_size=window)
+        expected = exact(q, k, v, window_size=window).out
+        plain = attention_reference(q, k, v, window_size=window).out
+        # What a row's terms add up to, where they are largest.
+        summed = exact(q, k, v.abs(), window_size=window).out.amax(-1, keepdim=True)
         error_of_plain = float(((plain - expected) / summed).abs().max())
         assert float(((out - expected) / summed).abs().max()) <= 2 * error_of_plain + 1e-6
 

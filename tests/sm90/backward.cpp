@@ -1,10 +1,10 @@
 // Hopper's backward on the host against the definition: `backward KIND DIM SEED`. Includes kernels from a copy of csrc in which
 // the files of overlay/ have replaced those that are PTX. One line a problem; exits with 1 where one differs.
 #include <climits>
-#include <cmath>
-#include <random>
 
 #include "host.h"
+
+#include "matrix.h"
 
 #include "cuda/kernels/finish_dq.cuh"
 #include "cuda/sm90/backward.cuh"
@@ -23,37 +23,6 @@ struct Task {
   std::vector<int> lengths_q, lengths_k, used_k;  // used_k: empty for all
   bool packed, causal, deterministic;
   int heads_q, heads_kv, window_left = -1;
-};
-
-// [rows, heads, dim], with NaN in the rows from `valid` on.
-template <class T>
-struct Matrix {
-  int rows, heads, dim;
-  std::vector<T> values;
-
-  Matrix(int rows, int heads, int dim, int valid, std::mt19937& random)
-      : rows(rows), heads(heads), dim(dim), values(size_t(rows) * heads * dim) {
-    std::normal_distribution<float> normal;
-    for (T& x : values) x = narrow<T>(normal(random));
-    for (int row = valid; row < rows; ++row) spoil(row);
-  }
-  void spoil(int row) {
-    for (int i = 0; i < heads * dim; ++i) values[size_t(row) * heads * dim + i] = narrow<T>(NAN);
-  }
-  double at(int row, int head, int col) const { return widen(values[(size_t(row) * heads + head) * dim + col]); }
-  TensorRef ref(bool packed, int rows_of_batch) {
-    return {values.data(), packed ? 0 : int64_t(rows_of_batch) * heads * dim, int64_t(heads) * dim, dim};
-  }
-};
-
-// |found - wanted| / |wanted|; NaN where something found is.
-struct Difference {
-  double square = 0, norm = 1e-12;
-  void add(double found, double wanted) {
-    square += (found - wanted) * (found - wanted);
-    norm += wanted * wanted;
-  }
-  double value() const { return std::sqrt(square / norm); }
 };
 
 template <class K, int D>
@@ -80,6 +49,12 @@ bool check(const Task& task, int dim, float softcap, unsigned seed) {
   Matrix<T> k(total_k, task.heads_kv, dim, ends_k.back(), random), v(k), dk(k), dv(k);
   std::shuffle(dout.values.begin(), dout.values.begin() + size_t(ends_q.back()) * task.heads_q * dim, random);
   std::shuffle(v.values.begin(), v.values.begin() + size_t(ends_k.back()) * task.heads_kv * dim, random);
+  if (kFp32) {  // rows of any size, and of zeros
+    for (int row = 0; row < ends_k.back(); ++row) v.scale(row, std::ldexp(1.0f, int(random() % 20) - 10));
+    for (int row = 0; row < ends_q.back(); ++row) {
+      dout.scale(row, random() % 4 == 0 ? 0.0f : std::ldexp(1.0f, int(random() % 20) - 10));
+    }
+  }
   for (int b = 0; b < batch && !task.used_k.empty(); ++b) {
     for (int row = ends_k[b] + task.used_k[b]; row < ends_k[b + 1]; ++row) k.spoil(row), v.spoil(row);
   }

@@ -1,4 +1,4 @@
-"""Hopper's backward on the CPU: the kernels' sources, threads as fibres in random order, PTX replaced by C++.
+"""Hopper's backwards and fp32 forward on the CPU: their sources, threads as fibres in random order, PTX replaced.
 
 No substitute for a GPU: multiplies are done when they are issued, lanes of a warp drift apart, and memory is in order.
 What it finds are values from the wrong place or of nobody (shared memory and neighbours are NaN), barriers that count
@@ -16,8 +16,8 @@ CSRC = HERE.parents[1] / "csrc"
 
 
 @pytest.fixture(scope="session")
-def backward(tmp_path_factory) -> Path:
-    """The program of backward.cpp."""
+def programs(tmp_path_factory) -> Path:
+    """A folder with those of backward.cpp and forward_fp32.cpp."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("g++ was not found")
@@ -25,12 +25,19 @@ def backward(tmp_path_factory) -> Path:
     shutil.copytree(CSRC / "core", folder / "core")
     shutil.copytree(CSRC / "cuda", folder / "cuda")
     shutil.copytree(HERE / "overlay", folder / "cuda", dirs_exist_ok=True)
-    program = folder / "backward"
-    command = [compiler, "-std=c++17", "-O1", "-w", "-fno-strict-aliasing", "-ffp-contract=off", f"-I{folder}"]
-    command += [f"-I{HERE}", "-include", "host.h", str(HERE / "backward.cpp"), "-o", str(program)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return program
+    for name in ("backward", "forward_fp32"):
+        command = [compiler, "-std=c++17", "-O1", "-w", "-fno-strict-aliasing", "-ffp-contract=off", f"-I{folder}"]
+        command += [f"-I{HERE}", "-include", "host.h", str(HERE / f"{name}.cpp"), "-o", str(folder / name)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+def run(program: Path, *arguments: object, problems: int) -> None:
+    command = [program, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+    assert done.stdout.count("good") == problems
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
@@ -38,8 +45,11 @@ def backward(tmp_path_factory) -> Path:
     "kind, dim",
     [("16-bit", 64), ("16-bit", 96), ("16-bit", 128), ("16-bit", 192), ("16-bit", 256), ("fp32", 64), ("fp32", 128)],
 )
-def test_backward_is_that_of_the_definition(backward, kind, dim, seed):
-    command = [backward, kind, str(dim), str(seed)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
-    assert done.stdout.count("good") == 14
+def test_backward_is_that_of_the_definition(programs, kind, dim, seed):
+    run(programs / "backward", kind, dim, seed, problems=14)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("dim", [64, 96, 128])
+def test_fp32_forward_is_that_of_the_definition(programs, dim, seed):
+    run(programs / "forward_fp32", dim, seed, problems=16)

@@ -19,7 +19,7 @@ struct Fp32Backward : KeyBlock<64, 64> {
   using Params = BackwardParams;
   static constexpr int kBlockM = kM, kBlockN = kN;
   static constexpr int kComputing = 256, kLoaders = 8;  // threads that compute, warps that load
-  static constexpr int kThreads = kComputing + kLoaders * 32, kMinBlocks = 1, kStashBytes = 0;
+  static constexpr int kThreads = kComputing + kLoaders * 32, kStashBytes = 0;
   static constexpr int kLoaderRegisters = 56, kConsumerRegisters = 200;
   static constexpr bool kTakesAnyRows = true;  // of any alignment
 
@@ -420,7 +420,7 @@ struct Fp32Backward : KeyBlock<64, 64> {
     Scores x;
     float largest = 0;
     for_columns([&](int reg, int column) {
-      x[reg] = ds[reg] * (columns[column] * rows.value[reg / 2 % 2]);
+      x[reg] = ds[reg] * columns[column] * rows.value[reg / 2 % 2];  // in this order: what is 0 stays 0
       largest = ::fmaxf(largest, absolute(x[reg]));
     });
     uint32_t& of_tile = control.largest_ds[phase];
@@ -461,7 +461,9 @@ struct Fp32Backward : KeyBlock<64, 64> {
     hold(dq.value);
     control.ds_free.arrive();
     FA_UNROLL
-    for (int reg = 0; reg < QueryGradient::kRegs; ++reg) dq[reg] *= ds_from_parts * rows_from_parts[reg / 2 % 2];
+    for (int reg = 0; reg < QueryGradient::kRegs; ++reg) {
+      dq[reg] = dq[reg] * ds_from_parts * rows_from_parts[reg / 2 % 2];
+    }
     const int64_t block = place_of_queries<int64_t>(p, work.batch, head, seq.first_q, query, kM);
     int32_t* const turn = p.dq_turn + block;
     if (p.deterministic) await_turn(turn, QueryWalk<kM, kN>::blocks_before(mask, work.key_begin, query), half);

@@ -1,4 +1,4 @@
-// The fp32 forward on Hopper. Four warps load keys and values and split them into fp16 parts (parts.cuh); two
+// The fp32 forward on Hopper. Eight warps load keys and values and split them into fp16 parts (parts.cuh); two
 // warpgroups of 64 query rows multiply those, three products for one, and each's softmax runs under the other's
 // multiplies. Tensor cores add with truncation: large and small products of a score are summed apart, and a block's
 // values apart from those before.
@@ -24,7 +24,7 @@ struct Fp32Forward {
   using Params = ForwardParams;
   static constexpr int kM = 128, kN = 64, kBlockM = kM, kBlockN = kN;
   static constexpr int kGroups = 2, kWarps = 4 * kGroups, kLoaders = 8;  // warps that compute, and that load
-  static constexpr int kThreads = (kWarps + kLoaders) * 32, kMinBlocks = 1;
+  static constexpr int kThreads = (kWarps + kLoaders) * 32;
   static constexpr int kLoaderRegisters = 56, kConsumerRegisters = 200;
   static constexpr bool kTakesAnyRows = true;  // of any alignment
 
@@ -121,7 +121,6 @@ struct Fp32Forward {
   }
 
   // ---- loading: a warp has eight rows of every tile; while it splits them, the next are on their way --------------
-
 
   // A warp's rows, from `key` on, of tiles in the order of the ring: keys and values of one block, then of the next.
   struct Source {
@@ -280,7 +279,8 @@ struct Fp32Forward {
       FA_UNROLL
       for (int i = 0; i < Scores::kRegs / 2; ++i) {  // pairs of columns, of the first row and the second in turn
         const float scale = to_parts[i % 2], *of_column = from_parts + i / 2 * 2;
-        split(scores[2 * i] * (of_column[0] * scale), scores[2 * i + 1] * (of_column[1] * scale), high[i / 4][i % 4],
+        // In this order: the power of a value that the row does not see may be any, times the scale infinite.
+        split(scores[2 * i] * of_column[0] * scale, scores[2 * i + 1] * of_column[1] * scale, high[i / 4][i % 4],
               low[i / 4][i % 4]);
       }
       Output sum;  // rounded to nearest when it is added to those before
@@ -416,17 +416,9 @@ struct Fp32Forward {
       Rows scale;
       finish_rows(p, work, tile.seq, rows, 1.0f, softmax, scale);
       softmax.apply(scale, output);
-      T* const out = head_rows<T>(p.out, work.batch, work.head, tile.seq.first_q + work.query_begin);
-      Output::for_each([&](int, int row, int col, int reg) {
-        if (reg % 2 != 0 || row >= rows || col >= p.head_dim) return;
-        T* const at = out + row * p.out.row_stride + col;
-        if (p.aligned) {
-          *reinterpret_cast<float2*>(at) = {output[reg], output[reg + 1]};
-        } else {
-          at[0] = output[reg];
-          if (col + 1 < p.head_dim) at[1] = output[reg + 1];
-        }
-      });
+      const int first = group * 64;
+      T* const out = head_rows<T>(p.out, work.batch, work.head, tile.seq.first_q + work.query_begin + first);
+      write_rows<D>(output.value, out, p.out.row_stride, rows - first, p.head_dim, p.aligned);
     }
   };
 };

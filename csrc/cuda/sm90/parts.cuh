@@ -32,7 +32,7 @@ struct WarpRows {
       x[i][0] = v.x, x[i][1] = v.y, x[i][2] = v.z, x[i][3] = v.w;
     }
   }
-  // From device memory, rows of any alignment or not:
+  // From device memory, where rows allow 16-byte access or not:
   template <bool ALIGNED>
   FA_DEVICE void load(const float* src, int64_t row_stride, int rows, int cols) {
     FA_UNROLL
