@@ -81,10 +81,12 @@ const KernelTable& table(int device_index) {
   return *found;
 }
 
-// `but_for_rows`: leaving aside that rows do not allow 16-byte access.
-bool is_modified(const AttentionParams& p, bool but_for_rows = false) {
+// Whether that is asked for which plain instances, find(false), do not do. Most take no rows that do not allow 16-byte
+// access.
+template <class Find>
+bool is_modified(const AttentionParams& p, Find&& find) {
   return p.softcap > 0 || p.alibi_slopes != nullptr || p.dropout_p > 0 || !(p.softmax_scale > 0) ||
-         !(p.aligned || but_for_rows);
+         !(p.aligned || find(false).takes_any_rows);
 }
 
 bool in_performance_mode(const AttentionParams& p, const Queue& queue) {
@@ -124,9 +126,7 @@ const KernelInfo& forward_kernel(const ForwardParams& p, const Queue& queue) {
   const auto find_forward = [&](bool modified) -> const KernelInfo& {
     return find(queue, KernelKind::kForward, p.dtype, p.head_dim, modified, in_performance_mode(p, queue));
   };
-  const bool plain = !is_modified(p, true) && p.s_dmask == nullptr;
-  if (plain && find_forward(false).takes_any_rows) return find_forward(false);
-  const bool modified = is_modified(p) || p.s_dmask != nullptr;
+  const bool modified = p.s_dmask != nullptr || is_modified(p, find_forward);
   const KernelInfo &any = find_forward(modified), &kernel = p.s_dmask == nullptr ? or_scored(any, p, queue) : any;
   if (!may_fold(p) || stash_fits(kernel, queue)) return kernel;
   const KernelInfo& other = find_forward(true);  // the same bits
@@ -136,8 +136,7 @@ const KernelInfo& backward_kernel(const BackwardParams& p, const Queue& queue) {
   const auto find_backward = [&](bool modified) -> const KernelInfo& {
     return find(queue, KernelKind::kBackward, p.dtype, p.head_dim, modified, in_performance_mode(p, queue));
   };
-  if (!is_modified(p, true) && find_backward(false).takes_any_rows) return find_backward(false);
-  return or_scored(find_backward(is_modified(p)), p, queue);
+  return or_scored(find_backward(is_modified(p, find_backward)), p, queue);
 }
 
 // delta takes dO as the products do; bf16 is the same to both.

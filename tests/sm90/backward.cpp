@@ -1,5 +1,5 @@
-// Hopper's backward on the host against the definition: `backward KIND DIM SEED`. Includes kernels from a copy of csrc in which
-// the files of overlay/ have replaced those that are PTX. One line a problem; exits with 1 where one differs.
+// Hopper's backward on the host against the definition: `backward KIND DIM SEED`. Includes kernels from a copy of csrc in
+// which the files of overlay/ have replaced those that are PTX. One line a problem; exits with 1 where one differs.
 #include <climits>
 
 #include "host.h"
@@ -10,8 +10,6 @@
 #include "cuda/sm90/backward.cuh"
 #include "cuda/sm90/backward_fp32.cuh"
 #include "cuda/sm90/backward_wide.cuh"
-
-using namespace flash_attn;
 
 // As sm90/arch.cuh has it.
 struct Loops : Sm80 {
@@ -121,24 +119,10 @@ bool check(const Task& task, int dim, float softcap, unsigned seed) {
   p.dv = dv.ref(packed, longest_k);
   p.lse = {lse.data(), packed ? 0 : int64_t(task.heads_q) * longest_q, packed ? total_q : longest_q};
   p.delta = {delta.data(), p.lse.batch_stride, p.lse.head_stride};
-  p.batch = batch;
-  p.heads_q = task.heads_q;
-  p.heads_kv = task.heads_kv;
-  p.head_dim = dim;
-  p.seqlen_q = longest_q;
-  p.seqlen_k = longest_k;
-  p.total_q = total_q;
-  p.total_k = total_k;
-  p.cu_seqlens_q = packed ? ends_q.data() : nullptr;
-  p.cu_seqlens_k = packed ? ends_k.data() : nullptr;
-  p.seqused_k = task.used_k.empty() ? nullptr : task.used_k.data();
-  p.softmax_scale = scale;
+  describe(p, task, dim, longest_q, longest_k, total_q, total_k, ends_q, ends_k);
   p.softcap = softcap;
-  p.window_left = task.window_left;
-  p.window_right = task.causal ? 0 : -1;
   p.dtype = kFp32 ? DType::kFloat32 : std::is_same_v<T, Half> ? DType::kFloat16 : DType::kBFloat16;
   p.aligned = dim % 8 == 0;
-  p.head_group = 1;
   p.deterministic = task.deterministic;
   const bool alike = !kFp32 && !packed && task.used_k.empty();
   p.dq_lag = alike ? ceil_div(longest_k, K::kN) : -1;

@@ -46,3 +46,24 @@ struct Difference {
   }
   double value() const { return std::sqrt(square / norm); }
 };
+
+// What the forward's and the backward's params share of a task: lengths, masks, scale.
+template <class Task>
+void describe(AttentionParams& p, const Task& task, int dim, int longest_q, int longest_k, int total_q, int total_k,
+              const std::vector<int>& ends_q, const std::vector<int>& ends_k) {
+  p.batch = int(task.lengths_q.size());
+  p.heads_q = task.heads_q;
+  p.heads_kv = task.heads_kv;
+  p.head_dim = dim;
+  p.seqlen_q = longest_q;
+  p.seqlen_k = longest_k;
+  p.total_q = total_q;
+  p.total_k = total_k;
+  p.cu_seqlens_q = task.packed ? ends_q.data() : nullptr;
+  p.cu_seqlens_k = task.packed ? ends_k.data() : nullptr;
+  p.seqused_k = task.used_k.empty() ? nullptr : task.used_k.data();
+  p.softmax_scale = 1 / std::sqrt(double(dim));
+  p.window_left = task.window_left;
+  p.window_right = task.causal ? 0 : -1;
+  p.head_group = 1;
+}

@@ -45,8 +45,8 @@ template <class T, int D>
 struct Backward<Sm90, Problem<T, D, false>>
     : std::conditional_t<sm90::kCoversBackward<T, D>, sm90::Backward<T, D, false>,
                          std::conditional_t<sm90::kCoversWideBackward<T, D>, sm90::WideBackward<T, D, false>,
-                         std::conditional_t<sm90::kCoversFp32Backward<T, D>, sm90::Fp32Backward<D>,
-                                            Backward<sm90::Mma, Problem<T, D, false>>>>> {};
+                                            std::conditional_t<sm90::kCoversFp32Backward<T, D>, sm90::Fp32Backward<D>,
+                                                               Backward<sm90::Mma, Problem<T, D, false>>>>> {};
 
 // Hopper's own 16-bit backward needs none.
 template <class P>

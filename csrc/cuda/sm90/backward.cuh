@@ -198,7 +198,7 @@ struct Backward : BackwardBlock<T_, D, BackwardTuning<D, SCORED>::kBlockM, 128, 
       bool has_keys = Block::has_keys(next.block);
       if (has_keys) {
         take(next.work);
-        Block::clear_spare_keys();
+        Block::template clear_spare_keys<T, typename Block::A>();
         has_keys = work.key_begin < seq.stored_k;
       }
       KeyGradient dk, dv;

@@ -69,14 +69,6 @@ struct BackwardBlock : KeyBlock<BLOCK_M, BLOCK_N> {
   FA_DEVICE BackwardBlock(const Launched& launched, char* shared)
       : KeyBlock<BLOCK_M, BLOCK_N>(launched.p, 0), launched(launched), part(warpgroup()), shared(shared) {}
 
-  FA_DEVICE void clear_spare_keys() const {
-    clear_spare_rows<A>(p, p.cu_seqlens_k, p.total_k, work.batch, work.key_begin / kN, ceil_div(p.seqlen_k, kN),
-                        [&](int64_t row, int col) {
-                          head_rows<T>(p.dk, 0, work.kv_head, row)[col] = T{};
-                          head_rows<T>(p.dv, 0, work.kv_head, row)[col] = T{};
-                        });
-  }
-
   // For the warp that loads: takes one block after another and tells the others. load_keys(n) is called for the n-th
   // block that has steps, load_queries(i) for each block, i being the number of its first step, to be advanced.
   template <class LoadKeys, class LoadQueries>

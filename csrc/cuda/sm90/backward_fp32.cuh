@@ -82,11 +82,7 @@ struct Fp32Backward : KeyBlock<64, 64> {
         control(*reinterpret_cast<Control*>(shared + kControlAt)) {}
 
   FA_DEVICE void run() {
-    clear_spare_rows<Lanes>(p, p.cu_seqlens_k, p.total_k, work.batch, work.key_begin / kN, ceil_div(p.seqlen_k, kN),
-                            [&](int64_t row, int col) {
-                              head_rows<T>(p.dk, 0, work.kv_head, row)[col] = T{};
-                              head_rows<T>(p.dv, 0, work.kv_head, row)[col] = T{};
-                            });
+    this->template clear_spare_keys<T, Lanes>();
     if (work.key_begin >= seq.stored_k) return;
     if (threadIdx.x == 0) {
       for (Barrier& keys : control.keys_full) keys.init(kLoaders * 32);
@@ -256,7 +252,7 @@ struct Fp32Backward : KeyBlock<64, 64> {
                               float (&rows_from_parts)[2], KeyGradient& dv) {
     Scores x;
     control.full[state.query.at].wait(state.query.phase);
-    multiply(x, 0, state.query);
+    Parts::multiply_rows(x.value, shared_address(shared), shared_address(slot_tile(state.query)), [] {});
     float columns[kColumns];
     read_columns(control.from_parts[state.query.at], columns);
     scale(x, columns, k_from_parts);
@@ -270,13 +266,7 @@ struct Fp32Backward : KeyBlock<64, 64> {
     control.full[state.dout.at].wait(state.dout.phase);
     read_columns(control.from_parts[state.dout.at], columns);
     read_rows(control.from_parts[state.dout.at], rows_from_parts);
-    float from_parts[2];
-    scale_rows(x, columns, from_parts);
-    float product[D / 2];
-    multiply_parts(product, x, shared_address(slot_tile(state.dout)));
-    control.free[state.dout.at].arrive();
-    FA_UNROLL
-    for (int reg = 0; reg < KeyGradient::kRegs; ++reg) dv[reg] = fma_rn(product[reg], from_parts[reg / 2 % 2], dv[reg]);
+    add_product(dv, x, columns, state.dout);
   }
 
   // dS^T, and dK.
@@ -284,7 +274,7 @@ struct Fp32Backward : KeyBlock<64, 64> {
                                const State& state, float (&rows_from_parts)[2], KeyGradient& dk) {
     Scores x;
     control.full[state.dout.at].wait(state.dout.phase);
-    multiply(x, kVAt, state.dout);
+    Parts::multiply_rows(x.value, shared_address(shared) + kVAt, shared_address(slot_tile(state.dout)), [] {});
     float columns[kColumns];
     read_columns(control.from_parts[state.dout.at], columns);
     read_rows(control.from_parts[state.dout.at], rows_from_parts);
@@ -303,15 +293,7 @@ struct Fp32Backward : KeyBlock<64, 64> {
 
     control.full[state.query.at].wait(state.query.phase);
     read_columns(control.from_parts[state.query.at], columns);
-    float from_parts[2];
-    scale_rows(x, columns, from_parts);
-    float product[D / 2];
-    multiply_parts(product, x, shared_address(slot_tile(state.query)));
-    control.free[state.query.at].arrive();
-    FA_UNROLL
-    for (int reg = 0; reg < KeyGradient::kRegs; ++reg) {
-      dk[reg] = fma_rn(product[reg], from_parts[reg / 2 % 2], dk[reg]);
-    }
+    add_product(dk, x, columns, state.query);
   }
 
   // What is below 1 becomes parts below 2^15.
@@ -323,28 +305,18 @@ struct Fp32Backward : KeyBlock<64, 64> {
     return bits_to_float(uint32_t(biased) << 23);
   }
 
-  // x = K Q^T or V dO^T, of parts.
-  FA_DEVICE void multiply(Scores& x, int keys_at, const Place& place) const {
-    const uint32_t keys = shared_address(shared) + keys_at, queries = shared_address(slot_tile(place));
-    float high[kM], low[kM / 2];  // the keys' high parts by both of the queries', side by side; their low ones by high
-    wgmma_fence();
-    multiply_panels<Half, 2 * kM, D>(high, keys, Parts::kPanelBytes, queries, Parts::kPanelBytes);
-    multiply_panels<Half, kM, D>(low, keys + Parts::kLow, Parts::kPanelBytes, queries, Parts::kPanelBytes);
-    wgmma_wait<0>();
-    hold(high);
-    hold(low);
-    FA_UNROLL
-    for (int reg = 0; reg < Scores::kRegs; ++reg) x[reg] = high[reg] + (high[kM / 2 + reg] + low[reg]);
-  }
-  // product = x y, x below 2^15, y a tile of the ring.
-  FA_DEVICE void multiply_parts(float (&product)[D / 2], const Scores& x, uint32_t y) const {
+  // sum += x y, x's columns times `columns`, y the tile at `place`, which is released.
+  FA_DEVICE void add_product(KeyGradient& sum, Scores& x, const float (&columns)[kColumns], const Place& place) {
+    float from_parts[2], product[D / 2];
+    scale_rows(x, columns, from_parts);
     uint32_t high[kM / 16][4], low[kM / 16][4];
     split_all(x, high, low);
-    multiply_registers<Half, D, kM>(product, low, y, Parts::kPanelBytes, false);
-    multiply_registers<Half, D, kM>(product, high, y + Parts::kLow, Parts::kPanelBytes);
-    multiply_registers<Half, D, kM>(product, high, y, Parts::kPanelBytes);
-    wgmma_wait<0>();
-    hold(product);
+    Parts::multiply(product, high, low, shared_address(slot_tile(place)));
+    control.free[place.at].arrive();
+    FA_UNROLL
+    for (int reg = 0; reg < KeyGradient::kRegs; ++reg) {
+      sum[reg] = fma_rn(product[reg], from_parts[reg / 2 % 2], sum[reg]);
+    }
   }
   static FA_DEVICE void split_all(const Scores& x, uint32_t (&high)[kM / 16][4], uint32_t (&low)[kM / 16][4]) {
     FA_UNROLL
@@ -356,14 +328,6 @@ struct Fp32Backward : KeyBlock<64, 64> {
   static FA_DEVICE void for_columns(F&& f) {
     FA_UNROLL
     for (int reg = 0; reg < Scores::kRegs; ++reg) f(reg, reg / 4 * 2 + reg % 2);
-  }
-  static FA_DEVICE void read_columns(const float* of_query, float (&columns)[kColumns]) {
-    FA_UNROLL
-    for (int n = 0; n < kM / 8; ++n) {
-      const float2 pair = pair_of(of_query, n);
-      columns[2 * n] = pair.x;
-      columns[2 * n + 1] = pair.y;
-    }
   }
   static FA_DEVICE void read_rows(const float* of_query, float (&rows)[2]) {
     Rows::for_each([&](int slot, int row, bool) { rows[slot] = of_query[row]; });

@@ -204,7 +204,7 @@ struct WideBackward : BackwardBlock<T_, D, 64, 64, 4, 1> {
       bool has_keys = Block::has_keys(next.block);
       if (has_keys) {
         take(next.work);
-        Block::clear_spare_keys();
+        Block::template clear_spare_keys<T, typename Block::A>();
         has_keys = work.key_begin < seq.stored_k;
       }
       KeyGradient sum;

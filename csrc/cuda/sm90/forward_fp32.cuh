@@ -45,17 +45,18 @@ struct Fp32Forward {
     int raws, slots;
     constexpr int bytes() const { return raws * kRawBytes + slots * Parts::kBytes; }
   };
-  static constexpr int kRawBytes = kN * D * 4, kMaxRaws = 2, kMaxSlots = 6;
+  static constexpr int kRawBytes = kN * D * 4;
   static constexpr Ring kRing = D == 64 ? Ring{2, 6} : Ring{2, 3}, kFoldRing = D == 64 ? kRing : Ring{1, 2};
   struct Control {
-    Barrier full[kMaxSlots], free[kMaxSlots], copied[kMaxRaws][kLoaders];
-    float from_parts[kMaxSlots][kN], queries_from_parts[kM];
+    Barrier full[kRing.slots], free[kRing.slots], copied[kRing.raws][kLoaders];
+    float from_parts[kRing.slots][kN], queries_from_parts[kM];
   };
   static constexpr int kQBytes = kGroups * Parts::kBytes;
   static constexpr int kControlBytes = (int(sizeof(Control)) + 1023) / 1024 * 1024;
   static constexpr int kRawAt = kQBytes + kControlBytes, kSharedBytes = kRawAt + kRing.bytes();
   static constexpr int kFoldAt = kRawAt + kFoldRing.bytes();
   static constexpr int kStashBytes = kFoldAt + (kM * D + 2 * kM) * 4 - kSharedBytes;
+  static_assert(kSharedBytes + kStashBytes <= 227 * 1024, "the running fold must fit: no other instance has its bits");
 
   struct Launched {
     Params p;
@@ -97,7 +98,7 @@ struct Fp32Forward {
     if (tile.clears(p)) clear_rows_of_no_sequence<T, Lanes>(p, tile.work);
     if (!tile.has_rows()) return;
     if (threadIdx.x == 0) {
-      for (int slot = 0; slot < kMaxSlots; ++slot) {
+      for (int slot = 0; slot < kRing.slots; ++slot) {
         control.full[slot].init(kLoaders * 32);  // every lane that has written, and read: racecheck follows that
         control.free[slot].init(kWarps * 32);
       }
@@ -269,7 +270,7 @@ struct Fp32Forward {
 
       await();
       float from_parts[kN / 4];  // of the lane's columns
-      read_columns(from_parts);
+      read_columns(block.control.from_parts[place.at], from_parts);
       raise_largest(scores, from_parts, hides, rescale);
       if (__any_sync(0xffffffffu, rescale[0] != 1.0f || rescale[1] != 1.0f)) softmax.apply(rescale, output);
       softmax.exponentiate(scores, scale_log2);
@@ -284,12 +285,7 @@ struct Fp32Forward {
               low[i / 4][i % 4]);
       }
       Output sum;  // rounded to nearest when it is added to those before
-      const uint32_t v = shared_address(block.slot_tile(place));
-      multiply_registers<Half, D, kN>(sum.value, low, v, Parts::kPanelBytes, false);
-      multiply_registers<Half, D, kN>(sum.value, high, v + Parts::kLow, Parts::kPanelBytes);
-      multiply_registers<Half, D, kN>(sum.value, high, v, Parts::kPanelBytes);
-      wgmma_wait<0>();
-      hold(sum.value);
+      Parts::multiply(sum.value, high, low, shared_address(block.slot_tile(place)));
       release();
       FA_UNROLL
       for (int reg = 0; reg < Output::kRegs; ++reg) output[reg] += sum[reg];
@@ -298,32 +294,12 @@ struct Fp32Forward {
     // scores = Q K^T, of Q's parts
     FA_DEVICE void score(Scores& scores) {
       await();
-      const uint32_t q = shared_address(queries()), k = shared_address(block.slot_tile(place));
-      float high[kN], low[kN / 2];  // Q's high parts by both of K's, side by side; Q's low ones by K's high ones
-      wgmma_fence();
-      multiply_panels<Half, 2 * kN, D>(high, q, Parts::kPanelBytes, k, Parts::kPanelBytes);
-      multiply_panels<Half, kN, D>(low, q + Parts::kLow, Parts::kPanelBytes, k, Parts::kPanelBytes);
       float from_parts[kN / 4];
-      read_columns(from_parts);
-      wgmma_wait<0>();
-      hold(high);
-      hold(low);
+      Parts::multiply_rows(scores.value, shared_address(queries()), shared_address(block.slot_tile(place)),
+                           [&] { read_columns(block.control.from_parts[place.at], from_parts); });
       release();
-      Scores::for_each([&](int, int, int, int reg) {
-        const float sum = high[reg] + (high[kN / 2 + reg] + low[reg]);
-        scores[reg] = sum * from_parts[reg / 4 * 2 + reg % 2];
-      });
-    }
-
-    // Of the keys that this lane has scores of.
-    FA_DEVICE void read_columns(float (&from_parts)[kN / 4]) const {
-      const float* const mine = block.control.from_parts[place.at] + threadIdx.x % 4 * 2;
       FA_UNROLL
-      for (int n = 0; n < kN / 8; ++n) {
-        const float2 pair = *reinterpret_cast<const float2*>(mine + 8 * n);
-        from_parts[2 * n] = pair.x;
-        from_parts[2 * n + 1] = pair.y;
-      }
+      for (int reg = 0; reg < Scores::kRegs; ++reg) scores[reg] *= from_parts[reg / 4 * 2 + reg % 2];
     }
 
     // P <= 2^8, times a value's from_parts, which is at most `largest`.
@@ -370,7 +346,10 @@ struct Fp32Forward {
     FA_DEVICE float& stashed_sum(int row) const { return stashed_max(kM + row); }
 
     FA_DEVICE void clear_stash() {
-      keep_rows(-infinity<float>(), 0.0f, -infinity<float>(), 0.0f);
+      OnlineSoftmax<float, Rows> none;
+      none.clear();
+      none.finish();
+      keep_rows(none);
       FA_UNROLL
       for (int reg = 0; reg < Output::kRegs; ++reg) stashed(reg) = 0;
     }
@@ -378,7 +357,7 @@ struct Fp32Forward {
       end_chunk();
       Rows keep, add;
       fold_rows(keep, add);
-      keep_rows(softmax.max[0], softmax.sum[0], softmax.max[1], softmax.sum[1]);
+      keep_rows(softmax);
       Output::for_each([&](int slot, int, int, int reg) {
         stashed(reg) = fma_rn(output[reg], add[slot], stashed(reg) * keep[slot]);
       });
@@ -400,11 +379,11 @@ struct Fp32Forward {
       });
       __syncwarp();  // all lanes have read
     }
-    FA_DEVICE void keep_rows(float max0, float sum0, float max1, float sum1) {
+    FA_DEVICE void keep_rows(OnlineSoftmax<float, Rows>& softmax) {
       Rows::for_each([&](int slot, int row, bool owner) {
         if (!owner) return;
-        stashed_max(row) = slot == 0 ? max0 : max1;
-        stashed_sum(row) = slot == 0 ? sum0 : sum1;
+        stashed_max(row) = softmax.max[slot];
+        stashed_sum(row) = softmax.sum[slot];
       });
       __syncwarp();
     }

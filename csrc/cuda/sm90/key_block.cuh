@@ -33,6 +33,16 @@ struct KeyBlock {
   }
   FA_DEVICE int steps() const { return group * walk.steps; }
 
+  // This block's share of the gradients of no sequence's keys.
+  template <class T, class A>
+  FA_DEVICE void clear_spare_keys() const {
+    clear_spare_rows<A>(p, p.cu_seqlens_k, p.total_k, work.batch, work.key_begin / kN, ceil_div(p.seqlen_k, kN),
+                        [&](int64_t row, int col) {
+                          head_rows<T>(p.dk, 0, work.kv_head, row)[col] = T{};
+                          head_rows<T>(p.dv, 0, work.kv_head, row)[col] = T{};
+                        });
+  }
+
   // The position in a block's walk: heads of the group in turn, each over its visible query blocks. Steps are counted
   // on through all blocks: a step's number says which stage, which buffers and which phase of their barriers it uses.
   struct Step {

@@ -6,6 +6,7 @@
 #include "../sm80/ptx.cuh"
 #include "ptx.cuh"
 #include "tma.cuh"
+#include "wgmma.cuh"
 
 namespace flash_attn {
 namespace sm90 {
@@ -141,7 +142,42 @@ struct PartsTile {
       if (Rows::lane() == 0) from_parts[first + Rows::row(i)] = exponents.from_parts(i);
     }
   }
+
+  // x = a b^T, of two tiles. `meanwhile` is called while they are multiplied.
+  template <class Meanwhile>
+  static FA_DEVICE void multiply_rows(float (&x)[32], uint32_t a, uint32_t b, Meanwhile&& meanwhile) {
+    float high[64], low[32];  // a's high parts by both of b's, side by side; a's low ones by b's high ones
+    wgmma_fence();
+    multiply_panels<Half, 2 * kRows, D>(high, a, kPanelBytes, b, kPanelBytes);
+    multiply_panels<Half, kRows, D>(low, a + kLow, kPanelBytes, b, kPanelBytes);
+    meanwhile();
+    wgmma_wait<0>();
+    hold(high);
+    hold(low);
+    FA_UNROLL
+    for (int reg = 0; reg < 32; ++reg) x[reg] = high[reg] + (high[32 + reg] + low[reg]);
+  }
+  // x = a b, b a tile.
+  static FA_DEVICE void multiply(float (&x)[D / 2], uint32_t (&a_high)[kRows / 16][4], uint32_t (&a_low)[kRows / 16][4],
+                                 uint32_t b) {
+    multiply_registers<Half, D, kRows>(x, a_low, b, kPanelBytes, false);
+    multiply_registers<Half, D, kRows>(x, a_high, b + kLow, kPanelBytes);
+    multiply_registers<Half, D, kRows>(x, a_high, b, kPanelBytes);
+    wgmma_wait<0>();
+    hold(x);
+  }
 };
+
+// A value for each of the 64 columns of a warpgroup's product: those of this lane's, whose register r is in the
+// (r / 4 * 2 + r % 2)-th.
+FA_DEVICE void read_columns(const float* of_column, float (&columns)[16]) {
+  FA_UNROLL
+  for (int n = 0; n < 8; ++n) {
+    const float2 pair = *reinterpret_cast<const float2*>(of_column + int(threadIdx.x) % 4 * 2 + 8 * n);
+    columns[2 * n] = pair.x;
+    columns[2 * n + 1] = pair.y;
+  }
+}
 
 // Writes the first `rows` of a warpgroup's 64 rows of D columns, `cols` of which exist, to `dst`.
 template <int D>
