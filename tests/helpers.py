@@ -44,6 +44,18 @@ def random_qkv(
     return q, k, v
 
 
+def rising_scores(
+    device: str, dtype: torch.dtype, dim: int, seqlen_q: int = 200, seqlen_k: int = 450, grad: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v whose rows find ever larger scores, up to about 12; all of every fifth row's are lower by 12."""
+    q, k, v = random_qkv(device, torch.float32, 1, seqlen_q, seqlen_k, heads_q=2, heads_kv=1, dim=dim)
+    k *= torch.linspace(0.1, 4, seqlen_k, device=k.device)[:, None, None]
+    k[..., 0], q[..., 0] = 8.0, 0.0
+    q[:, ::5, :, 0] = -1.5 * dim**0.5
+    q, k, v = (x.to(dtype).requires_grad_(grad) for x in (q, k, v))
+    return q, k, v
+
+
 # Keyword arguments of the public functions and of the reference alike.
 FEATURES: dict[str, dict[str, Any]] = {
     "full": {},

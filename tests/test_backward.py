@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import DEVICES, FEATURES, assert_gradients_accurate, exact, feature, gradients, random_qkv
+from helpers import DEVICES, FEATURES, assert_gradients_accurate, exact, feature, gradients, random_qkv, rising_scores
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,6 +26,12 @@ def check(q, k, v, **arguments):
 def test_features(device, dtype, name):
     q, k, v = random_qkv(device, dtype, seqlen_q=45, seqlen_k=83, heads_kv=2, grad=True)
     check(q, k, v, **feature(name, q))
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("softcap", [0.5, 8.0, 50.0, 1e7])
+def test_softcap_of_any_size(device, dtype, dim, softcap):
+    check(*rising_scores(device, dtype, dim, grad=True), causal=True, softcap=softcap)
 
 
 @pytest.mark.parametrize("dim", [64, 128])

@@ -68,7 +68,7 @@ def default_choice(rows: list[Instance]) -> list[Instance]:
     def chosen(row: Instance) -> bool:
         forward = row.family.name == "Forward"
         if row.modified:
-            return row.scored and forward and row.head_dim in (64, 128)
+            return row.scored != "" and forward and row.head_dim in (64, 128)
         return row.head_dim in (0, 128) or (row.head_dim == 96 and forward)
 
     return list(filter(chosen, rows))

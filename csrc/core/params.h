@@ -15,6 +15,9 @@ constexpr bool is_16_bit(DType dtype) { return dtype == DType::kFloat16 || dtype
 
 constexpr int kMaxHeadDim = 256;
 
+// What an instance may do to scores before the softmax: nothing but scale them; softcap; softcap, ALiBi and dropout.
+enum class Modifiers : int8_t { kNone, kSoftcap, kAny };
+
 // [batch, seq, heads, dim]; the dim stride is always 1.
 struct TensorRef {
   void* data;
@@ -28,6 +31,15 @@ struct RowsRef {
   void* data;
   int64_t batch_stride;  // 0 when packed
   int64_t head_stride;
+};
+
+// How attention/softcap.cuh caps raw scores where tanh is a polynomial.
+struct SoftcapSeries {
+  float coefficients[4];  // of the raw score's even powers
+  float end;              // larger raw scores, in magnitude, take exponentials instead
+  float exponent;         // from raw scores to 2 log2(e) times tanh's argument
+  float exponent_end;     // end * exponent, in magnitude
+  float twice_cap;        // of raw scores
 };
 
 // What the forward and the backward share.
@@ -58,6 +70,7 @@ struct AttentionParams {
   // Launch order, no bits depend on it: blocks of this many heads (query heads in the forward, KV heads in the
   // backward) are interleaved, the longest first. Filled by the backend; at least 1.
   int head_group;
+  SoftcapSeries softcap_series;   // Filled by the backend where softcap > 0
 };
 
 struct ForwardParams : AttentionParams {

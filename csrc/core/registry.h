@@ -18,7 +18,7 @@ struct KernelKey {
   int head_dim = 0;          // padded up to a compiled size
   bool modified = false;     // softcap, ALiBi, dropout, s_dmask or an unusual scale are compiled in
   bool performance = false;  // the performance mode's arithmetic
-  bool scored = false;       // modified by softcap, ALiBi and dropout alone, in loops of the machine's own
+  Modifiers scored = Modifiers::kNone;  // modified by these alone, in loops of the machine's own
 
   bool operator==(const KernelKey& other) const {
     return kind == other.kind && dtype == other.dtype && head_dim == other.head_dim && modified == other.modified &&

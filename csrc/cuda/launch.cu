@@ -10,6 +10,7 @@
 #include "../backend.h"
 #include "../core/registry.h"
 #include "attention/schedule.cuh"
+#include "attention/softcap.cuh"
 
 namespace flash_attn {
 namespace {
@@ -117,7 +118,8 @@ bool stash_fits(const KernelInfo& kernel, const Queue& queue) {
 const KernelInfo& or_scored(const KernelInfo& kernel, const AttentionParams& p, const Queue& queue) {
   if (!kernel.key.modified || !p.aligned || !(p.softmax_scale > 0)) return kernel;
   KernelKey key = kernel.key;
-  key.scored = true;
+  const bool softcap_alone = p.softcap > 0 && p.alibi_slopes == nullptr && !(p.dropout_p > 0);
+  key.scored = softcap_alone ? Modifiers::kSoftcap : Modifiers::kAny;
   const KernelInfo* own = table(queue.device_index).find(key);
   return own != nullptr ? *own : kernel;
 }
@@ -258,6 +260,7 @@ size_t stash_device_bytes(const ForwardParams& p, const KernelInfo& kernel, cons
 Workspace plan_forward(ForwardParams& p, const Queue& queue) {
   make_rows_of_heads(p);
   check_rows(p);
+  if (p.softcap > 0) p.softcap_series = softcap_series(p.softmax_scale, p.softcap);
   p.num_splits = 1;
   const KernelInfo& kernel = forward_kernel(p, queue);
   if (p.split_size < 0 || p.split_size % kernel.block_n != 0) {
@@ -374,6 +377,7 @@ Workspace plan_backward(BackwardParams& p, const Queue& queue) {
   check_rows(p);
   check_rows("out", p.out, p.total_q, p.dtype);
   check_rows("dout", p.dout, p.total_q, p.dtype);
+  if (p.softcap > 0) p.softcap_series = softcap_series(p.softmax_scale, p.softcap);
   const KernelInfo& kernel = backward_kernel(p, queue);
   const int group = p.heads_q / p.heads_kv, blocks = ceil_div(p.seqlen_k, kernel.block_n);
   const int64_t head_bytes =

@@ -48,6 +48,12 @@ def _fields(kind: Any, names: str) -> list[tuple[str, Any]]:
     return [(name, kind) for name in names.split()]
 
 
+class SoftcapSeries(ctypes.Structure):
+    """Left at zero: AMD's tanh is no series."""
+
+    _fields_ = [("coefficients", ctypes.c_float * 4), *_fields(ctypes.c_float, "end exponent exponent_end twice_cap")]
+
+
 class AttentionParams(ctypes.Structure):
     _fields_ = [
         *_fields(TensorRef, "q k v out"),
@@ -63,6 +69,7 @@ class AttentionParams(ctypes.Structure):
         ("dtype", ctypes.c_int8),
         *_fields(ctypes.c_bool, "performance_mode aligned"),
         *_fields(ctypes.c_int32, "head_group"),
+        ("softcap_series", SoftcapSeries),
     ]
 
 

@@ -178,12 +178,12 @@ const Task kTasks[] = {
 };
 
 // Plain; then scored, at an odd head dim.
-template <template <class, int, bool> class K, int D>
+template <template <class, int, Modifiers> class K, int D>
 bool check_all(unsigned seed) {
   bool good = true;
   for (const Task& task : kTasks) {
-    good = check<K<BFloat16, D, false>, D>(task, D, 0.0f, seed) && good;
-    good = check<K<Half, D, true>, D>(task, D - 8, 3.0f, seed) && good;
+    good = check<K<BFloat16, D, Modifiers::kNone>, D>(task, D, 0.0f, seed) && good;
+    good = check<K<Half, D, Modifiers::kAny>, D>(task, D - 8, 3.0f, seed) && good;
   }
   return good;
 }

@@ -34,7 +34,7 @@ class KernelKey(ctypes.Structure):
         ("head_dim", ctypes.c_int),
         ("modified", ctypes.c_bool),
         ("performance", ctypes.c_bool),
-        ("scored", ctypes.c_bool),
+        ("scored", ctypes.c_int8),
     ]
 
 

@@ -57,7 +57,7 @@ class Machine:
     processors: tuple[str, ...] = ()  # platform.machine() values; empty: any
     # Which of plain and modified (False, True) are compiled for the performance mode; none: to nearest is free here.
     performance_kinds: tuple[bool, ...] = ()
-    # Families with loops of its own for softcap, ALiBi and dropout, in 16 bits, and their head dims.
+    # Families with loops of its own for softcap, and for softcap, ALiBi and dropout, in 16 bits, and their head dims.
     scored: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     @property
@@ -104,6 +104,9 @@ MACHINES = (
 # What nvcc compiles the sm80 machine for: "80", "9.0", "sm_90"; see cuda.py.
 CUDA_ARCH = re.compile(r"(?:sm_)?(\d{1,2})\.?(\d)(a?)")
 
+# What a machine's own modified loops are compiled for.
+SCORED = ("softcap", "any")
+
 # Instances a machine may have: compile time and binary size grow with it.
 MAX_INSTANCES_OF_A_MACHINE = 176
 
@@ -118,14 +121,15 @@ class Instance:
     head_dim: int = 0  # 0: the family does not depend on it
     modified: bool = False
     performance: bool = False  # with the performance mode's arithmetic
-    scored: bool = False  # modified, in the machine's own loops
+    scored: str = ""  # modified, by "softcap" alone or by "any", in the machine's own loops
 
     @property
     def name(self) -> str:
         """`forward_bf16_d128_plain`, `forward_bf16_d128_plain_performance`"""
         parts = [self.family.name.lower(), self.dtype]
         parts += [f"d{self.head_dim}"] if self.family.by_head_dim else []
-        kind = "scored" if self.scored else "modified" if self.modified else "plain"
+        scored = {"softcap": "softcap", "any": "scored"}
+        kind = scored[self.scored] if self.scored else "modified" if self.modified else "plain"
         parts += [kind] if self.family.by_modified else []
         parts += ["performance"] if self.performance else []
         return "_".join(parts)
@@ -136,7 +140,7 @@ class Instance:
 
     @property
     def arch(self) -> str:
-        arch = f"{self.machine.arch}Scored" if self.scored else self.machine.arch
+        arch = f"{self.machine.arch}Scored<{self._modifiers}>" if self.scored else self.machine.arch
         return f"PerformanceMode<{arch}>" if self.performance else arch
 
     @property
@@ -148,8 +152,12 @@ class Instance:
     @property
     def key(self) -> str:
         dtype = f"DType::{DTYPE_ENUMERATORS[self.dtype]}"
-        flags = ", ".join(str(flag).lower() for flag in (self.modified, self.performance, self.scored))
-        return f"{{KernelKind::k{self.family.name}, {dtype}, {self.head_dim}, {flags}}}"
+        flags = ", ".join(str(flag).lower() for flag in (self.modified, self.performance))
+        return f"{{KernelKind::k{self.family.name}, {dtype}, {self.head_dim}, {flags}, {self._modifiers}}}"
+
+    @property
+    def _modifiers(self) -> str:
+        return f"Modifiers::k{self.scored.capitalize() or 'None'}"
 
 
 @dataclass(frozen=True)
@@ -205,9 +213,9 @@ def instances(machine: Machine, config: Config) -> Iterator[Instance]:
     yield from performance_instances(machine, config)
     for family in FAMILIES:
         own = dict(machine.scored).get(family.name, ())
-        for dtype, size in product(("fp16", "bf16"), own):
+        for dtype, size, modifiers in product(("fp16", "bf16"), own, SCORED):
             if config.wants(dtype, size):
-                yield Instance(machine, family, dtype, size, modified=True, scored=True)
+                yield Instance(machine, family, dtype, size, modified=True, scored=modifiers)
 
 
 def performance_instances(machine: Machine, config: Config) -> Iterator[Instance]:

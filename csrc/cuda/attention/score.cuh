@@ -3,27 +3,26 @@
 
 #include "../../core/params.h"
 #include "../compat.cuh"
+#include "softcap.cuh"
 
 namespace flash_attn {
 
-// Without softcap and ALiBi the softmax scales by softmax_scale * log2(e), in the exponent's fma; with them, scores
-// leave apply() scaled, softcapped, biased, in log2 units, but that softcap's own factor may be left to the softmax. A
-// modified instance without either computes what the plain one does.
-template <class T, bool MODIFIED>
+// Unmodified, the softmax scales by softmax_scale * log2(e), in the exponent's fma; so too after a softcap by series.
+// Else scores leave apply() scaled, softcapped, biased, in log2 units. An instance that could modify, and is not asked
+// to, computes what the plain one does.
+template <class T, Modifiers MODIFIERS>
 class ScoreModifier {
  public:
   using Scalar = AccumOf<T>;
 
   FA_DEVICE ScoreModifier(const AttentionParams& p, int batch, int head, int shift)
       : p_(p), scale_(Scalar(p.softmax_scale)), shift_(shift) {
-    if (MODIFIED && p.alibi_slopes != nullptr) slope_ = p.alibi_slopes[batch * p.alibi_batch_stride + head];
+    if (biases()) slope_ = p.alibi_slopes[batch * p.alibi_batch_stride + head] * Scalar(kLog2E);
   }
 
   // The factor left for the softmax.
-  FA_DEVICE Scalar scale_log2() const {
-    if (leaves_softcap()) return Scalar(reread(p_).softcap) * Scalar(kLog2E);
-    return active() ? Scalar(1) : uniform(scale_ * Scalar(kLog2E));
-  }
+  FA_DEVICE Scalar scale_log2() const { return leaves_scale() ? uniform(scale_ * Scalar(kLog2E)) : Scalar(1); }
+  FA_DEVICE Softcap softcap() const { return Softcap(reread(p_)); }
 
   // Raw scores, element (0, 0) that of (query, key), to log2 units. One branch for a whole tile, not for each element.
   template <class Scores>
@@ -34,58 +33,31 @@ class ScoreModifier {
   // Also calls differentiate(reg, derivative of the softcap), where there is one.
   template <class Scores, class F>
   FA_DEVICE void apply(Scores& scores, int query, int key, F&& differentiate) const {
-    if (!active()) return;
-    const AttentionParams& p = reread(p_);
-    const Scalar softcap = p.softcap;
-    if (softcap > 0) {
-      cap(scores, softcap, differentiate);
-      if (leaves_softcap()) return;
-      if (kTanhBySeries) Scores::for_each([&](int, int, int, int reg) { scores[reg] *= softcap; });
-    } else {
-      Scores::for_each([&](int, int, int, int reg) { scores[reg] *= scale_; });
+    if (caps()) cap(scores, differentiate);
+    if (!leaves_scale() && are_raw()) {
+      Scores::for_each([&](int, int, int, int reg) { scores[reg] *= scale_ * Scalar(kLog2E); });
     }
-    if (p.alibi_slopes != nullptr) {
-      int first = 0;  // row - col of register 0, from which the others' differ by constants
-      Scores::for_each([&](int, int row, int col, int reg) {
-        if (reg == 0) first = row - col;
-      });
-      const Scalar distance = Scalar(query + shift_ - key + first);
-      Scores::for_each([&](int, int row, int col, int reg) {
-        scores[reg] -= slope_ * absolute(distance + Scalar(row - col - first));
-      });
-    }
-    Scores::for_each([&](int, int, int, int reg) { scores[reg] *= Scalar(kLog2E); });
+    if (biases()) bias(scores, query, key);
   }
 
  private:
-  // Scores to the tanh of what they are, scaled, of softcap; but for kTanhBySeries times softcap.
+  static constexpr bool kSeries = kTanhBySeries && sizeof(T) == 2;
+  static_assert(kSeries || MODIFIERS != Modifiers::kSoftcap);
+
   template <class Scores, class F>
-  FA_DEVICE void cap(Scores& scores, Scalar softcap, F&& differentiate) const {
-    const auto apply_tanh = [&](auto&& tanh) {
-      Scores::for_each([&](int, int, int, int reg) {
-        const Scalar t = tanh(scores[reg]);
-        differentiate(reg, Scalar(1) - t * t);
-        scores[reg] = kTanhBySeries ? t : softcap * t;
-      });
-    };
-    if constexpr (kTanhBySeries && sizeof(T) == 2) {
-      // Which of the two an element takes depends on itself alone, and so do its bits.
-      const Scalar factor = scale_ * reciprocal(softcap), end = kTanhSeriesEnd * reciprocal(absolute(factor));
-      Scalar largest[4] = {};  // four, lest each comparison wait for the one before
-      Scores::for_each([&](int, int, int, int reg) {
-        largest[reg % 4] = ::fmaxf(largest[reg % 4], absolute(scores[reg]));
-      });
-      if (!any_lane(::fmaxf(::fmaxf(largest[0], largest[1]), ::fmaxf(largest[2], largest[3])) > end)) {
-        apply_tanh([&](Scalar score) { return tanh_series(score * factor); });
-      } else {
-        apply_tanh([&](Scalar score) {
-          const Scalar near = unhoisted(tanh_series(score * factor)), far = unhoisted(tanh_of(score * factor));
-          return absolute(score) > end ? far : near;
-        });
-      }
+  FA_DEVICE void cap(Scores& scores, F&& differentiate) const {
+    if constexpr (kSeries) {
+      const Softcap softcap = this->softcap();
+      softcap.apply(scores, softcap.any_far(scores));
+      softcap.differentiate(scores, differentiate);
     } else {
-      // The compiler brings the reciprocal out of the loop; written before it, it costs AMD scalar registers.
-      apply_tanh([&](Scalar score) { return tanh_of(score * scale_ * reciprocal(softcap)); });
+      const Scalar softcap = reread(p_).softcap, cap_log2 = softcap * Scalar(kLog2E);
+      Scores::for_each([&](int, int, int, int reg) {
+        // The compiler brings the reciprocal out of the loop; written before it, it costs AMD scalar registers.
+        const Scalar tanh = tanh_of(scores[reg] * scale_ * reciprocal(softcap));
+        differentiate(reg, Scalar(1) - tanh * tanh);
+        scores[reg] = cap_log2 * tanh;
+      });
     }
   }
   static FA_DEVICE Scalar tanh_of(Scalar x) {
@@ -93,18 +65,28 @@ class ScoreModifier {
     return tanh_accurate(x);
   }
 
-  // Whether softcap itself is all that is left to multiply by. AMD has no registers to spare for the distinction.
-  FA_DEVICE bool leaves_softcap() const {
-    if (!MODIFIED || !kTanhBySeries) return false;
-    const AttentionParams& p = reread(p_);
-    return p.softcap > 0 && p.alibi_slopes == nullptr;
+  template <class Scores>
+  FA_DEVICE void bias(Scores& scores, int query, int key) const {
+    int first = 0;  // row - col of register 0, from which the others' differ by constants
+    Scores::for_each([&](int, int row, int col, int reg) {
+      if (reg == 0) first = row - col;
+    });
+    const Scalar distance = Scalar(query + shift_ - key + first);
+    Scores::for_each([&](int, int row, int col, int reg) {
+      scores[reg] = fma_rn(-slope_, absolute(distance + Scalar(row - col - first)), scores[reg]);
+    });
   }
+
+  FA_DEVICE bool caps() const {
+    return MODIFIERS == Modifiers::kSoftcap || (MODIFIERS == Modifiers::kAny && reread(p_).softcap > 0);
+  }
+  FA_DEVICE bool biases() const { return MODIFIERS == Modifiers::kAny && reread(p_).alibi_slopes != nullptr; }
   // A score of -inf must not meet a scale of 0, nor a maximum a negative one.
-  FA_DEVICE bool active() const {
-    if (!MODIFIED) return false;
-    const AttentionParams& p = reread(p_);
-    return p.softcap > 0 || p.alibi_slopes != nullptr || !(Scalar(p.softmax_scale) > Scalar(0));
+  FA_DEVICE bool leaves_scale() const {
+    if (MODIFIERS != Modifiers::kAny) return true;
+    return !biases() && Scalar(reread(p_).softmax_scale) > Scalar(0) && are_raw();
   }
+  FA_DEVICE bool are_raw() const { return kSeries || !caps(); }  // once softcapped
 
   const AttentionParams& p_;
   Scalar scale_, slope_ = 0;

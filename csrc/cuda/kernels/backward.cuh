@@ -21,6 +21,7 @@ struct Backward {
   using Scalar = AccumOf<T>;
   static constexpr int kD = P::kHeadDim;
   static constexpr bool kModified = P::kModified;
+  static constexpr Modifiers kModifiers = kModified ? Modifiers::kAny : Modifiers::kNone;
 
   using Tuning = typename Arch::template Tuning<Kernel::kBackward, T, kD, kModified>;
   static constexpr int kM = Tuning::kBlockM, kN = Tuning::kBlockN, kWarps = Tuning::kWarps;
@@ -203,7 +204,7 @@ struct Backward {
   FA_DEVICE void differentiate_scores(const Step& step, Rows& negated_lse, Rows& delta, Scores& scores,
                                       Scores& gradient) {
     const Params& p = reread(this->p);
-    const ScoreModifier<T, kModified> modifier(p, work.batch, step.head, mask.shift);
+    const ScoreModifier<T, kModifiers> modifier(p, work.batch, step.head, mask.shift);
     const Dropout dropout(p, work.batch, step.head);
     const bool masked = !mask.all_visible(step.query, step.query + kM, work.key_begin, work.key_begin + kN);
 

@@ -22,6 +22,7 @@ struct Forward {
   using Scalar = AccumOf<T>;
   static constexpr int kD = P::kHeadDim;
   static constexpr bool kModified = P::kModified;
+  static constexpr Modifiers kModifiers = kModified ? Modifiers::kAny : Modifiers::kNone;
 
   using Tuning = typename Arch::template Tuning<Kernel::kForward, T, kD, kModified>;
   static constexpr int kM = Tuning::kBlockM, kN = Tuning::kBlockN, kWarps = Tuning::kWarps;
@@ -53,7 +54,7 @@ struct Forward {
   Work work;
   const Sequence seq;
   Mask mask;
-  const ScoreModifier<T, kModified> modifier;
+  const ScoreModifier<T, kModifiers> modifier;
   const Dropout dropout;
   const T* k;
   const T* v;

@@ -25,7 +25,7 @@ constexpr bool kCoversForward = sizeof(T) == 2 && ForwardTuning<D>::kCovered;
 template <class T, int D>
 constexpr bool kCoversFp32Forward = std::is_same_v<T, float> && (D == 64 || D == 96 || D == 128);
 template <class T, int D>
-constexpr bool kCoversBackward = sizeof(T) == 2 && BackwardTuning<D, false>::kCovered;
+constexpr bool kCoversBackward = sizeof(T) == 2 && BackwardTuning<D, Modifiers::kNone>::kCovered;
 template <class T, int D>
 constexpr bool kCoversWideBackward = sizeof(T) == 2 && (D == 192 || D == 256);
 template <class T, int D>
@@ -37,14 +37,14 @@ struct Sm90 : sm90::Mma {};
 
 template <class T, int D>
 struct Forward<Sm90, Problem<T, D, false>>
-    : std::conditional_t<sm90::kCoversForward<T, D>, sm90::Forward<T, D, false>,
+    : std::conditional_t<sm90::kCoversForward<T, D>, sm90::Forward<T, D, Modifiers::kNone>,
                          std::conditional_t<sm90::kCoversFp32Forward<T, D>, sm90::Fp32Forward<D>,
                                             Forward<sm90::Mma, Problem<T, D, false>>>> {};
 
 template <class T, int D>
 struct Backward<Sm90, Problem<T, D, false>>
-    : std::conditional_t<sm90::kCoversBackward<T, D>, sm90::Backward<T, D, false>,
-                         std::conditional_t<sm90::kCoversWideBackward<T, D>, sm90::WideBackward<T, D, false>,
+    : std::conditional_t<sm90::kCoversBackward<T, D>, sm90::Backward<T, D, Modifiers::kNone>,
+                         std::conditional_t<sm90::kCoversWideBackward<T, D>, sm90::WideBackward<T, D, Modifiers::kNone>,
                                             std::conditional_t<sm90::kCoversFp32Backward<T, D>, sm90::Fp32Backward<D>,
                                                                Backward<sm90::Mma, Problem<T, D, false>>>>> {};
 
@@ -52,15 +52,17 @@ struct Backward<Sm90, Problem<T, D, false>>
 template <class P>
 struct FinishDq<Sm90, P> : FinishDq<sm90::Mma, P> {};
 
-// Softcap, ALiBi and dropout in Hopper's own loops. What they do not know besides (rows of any alignment, s_dmask) is
-// left to the modified instances of Sm90.
+// Softcap alone, or with ALiBi and dropout, in Hopper's own loops. What they do not know besides (rows of any
+// alignment, s_dmask) is left to the modified instances of Sm90.
+template <Modifiers MODIFIERS>
 struct Sm90Scored {};
 
-template <class T, int D>
-struct Forward<Sm90Scored, Problem<T, D, true>> : sm90::Forward<T, D, true> {};
+template <Modifiers MODIFIERS, class T, int D>
+struct Forward<Sm90Scored<MODIFIERS>, Problem<T, D, true>> : sm90::Forward<T, D, MODIFIERS> {};
 
-template <class T, int D>
-struct Backward<Sm90Scored, Problem<T, D, true>>
-    : std::conditional_t<sm90::kCoversBackward<T, D>, sm90::Backward<T, D, true>, sm90::WideBackward<T, D, true>> {};
+template <Modifiers MODIFIERS, class T, int D>
+struct Backward<Sm90Scored<MODIFIERS>, Problem<T, D, true>>
+    : std::conditional_t<sm90::kCoversBackward<T, D>, sm90::Backward<T, D, MODIFIERS>,
+                         sm90::WideBackward<T, D, MODIFIERS>> {};
 
 }  // namespace flash_attn

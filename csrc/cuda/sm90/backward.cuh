@@ -14,11 +14,12 @@
 namespace flash_attn {
 namespace sm90 {
 
-// SCORED: with softcap, ALiBi and dropout.
-template <class T_, int D, bool SCORED>
-struct Backward : BackwardBlock<T_, D, BackwardTuning<D, SCORED>::kBlockM, 128, BackwardTuning<D, SCORED>::kWarpsQ, 2> {
+template <class T_, int D, Modifiers MODIFIERS>
+struct Backward
+    : BackwardBlock<T_, D, BackwardTuning<D, MODIFIERS>::kBlockM, 128, BackwardTuning<D, MODIFIERS>::kWarpsQ, 2> {
   using T = T_;
-  using Block = BackwardBlock<T, D, BackwardTuning<D, SCORED>::kBlockM, 128, BackwardTuning<D, SCORED>::kWarpsQ, 2>;
+  using Tuning = BackwardTuning<D, MODIFIERS>;
+  using Block = BackwardBlock<T, D, Tuning::kBlockM, 128, Tuning::kWarpsQ, 2>;
   using typename Block::A, typename Block::Launched, typename Block::QueryGradient, typename Block::Step;
   using Writer = typename Block::Sums::Writer;
   using Block::group, Block::kComputing, Block::kM, Block::kN, Block::launched, Block::mask, Block::p, Block::part,
@@ -229,7 +230,7 @@ struct Backward : BackwardBlock<T_, D, BackwardTuning<D, SCORED>::kBlockM, 128, 
   FA_DEVICE void walk_queries(uint32_t& i, uint32_t& loads, KeyGradient& dk, KeyGradient& dv, F&& under_last) {
     const bool foreign = Block::has_foreign_rows();
     const typename Block::PlainQueries plain(mask, work.key_begin, foreign);
-    const float scale_log2 = Block::scale_log2();
+    const float scale_log2 = ScoreModifier<T, MODIFIERS>(p, work.batch, 0, 0).scale_log2();
     barriers.keys_full.wait(loads++ % 2);
     if (foreign && seq.len_k - work.key_begin < kN) clear_rows<kPanels>(shared, kKPanel, seq.len_k - work.key_begin);
     Step step(work.kv_head * group);
@@ -270,7 +271,7 @@ struct Backward : BackwardBlock<T_, D, BackwardTuning<D, SCORED>::kBlockM, 128, 
     wgmma_fence();
     multiply_transposed(scores, k_address(), q_address(stage));
     multiply_transposed(gradient, v_address(), do_address(stage));
-    if constexpr (SCORED) {
+    if constexpr (MODIFIERS == Modifiers::kAny) {
       wgmma_wait<0>();
       hold(scores.value);
       hold(gradient.value);
@@ -278,17 +279,35 @@ struct Backward : BackwardBlock<T_, D, BackwardTuning<D, SCORED>::kBlockM, 128, 
     } else {
       wgmma_wait<1>();
       hold(scores.value);
-      const auto exponential = Block::exponential(scale_log2, scores);
-      const auto differentiate = [&](int reg, float delta) { gradient[reg] = scores[reg] * (gradient[reg] - delta); };
+      constexpr bool kSoftcap = MODIFIERS == Modifiers::kSoftcap;
+      Scores slopes;  // of the softcap, then times P
+      if constexpr (kSoftcap) {
+        ScoreModifier<T, MODIFIERS>(p, work.batch, head, 0)
+            .apply(scores, 0, 0, [&](int reg, float derivative) { slopes[reg] = derivative; });
+      }
+      const auto exponential = [&](int reg, float negated_lse) {
+        Block::exponential(scale_log2, scores)(reg, negated_lse);
+        if (kSoftcap) slopes[reg] *= scores[reg];
+      };
+      const auto differentiate = [&](int reg, float delta) {
+        gradient[reg] = (kSoftcap ? slopes[reg] : scores[reg]) * (gradient[reg] - delta);
+      };
       const More more_lse(negated_lse(stage));
       lse.for_each(exponential);
-      const Ahead deltas(delta(stage));
-      more_lse.for_each(exponential);
-      wgmma_wait<0>();
-      hold(gradient.value);
-      const More more_deltas(delta(stage));
-      deltas.for_each(differentiate);
-      more_deltas.for_each(differentiate);
+      if constexpr (kSoftcap) {  // has no registers for what is read ahead
+        more_lse.for_each(exponential);
+        wgmma_wait<0>();
+        hold(gradient.value);
+        Block::for_each_with(delta(stage), differentiate);
+      } else {
+        const Ahead deltas(delta(stage));
+        more_lse.for_each(exponential);
+        wgmma_wait<0>();
+        hold(gradient.value);
+        const More more_deltas(delta(stage));
+        deltas.for_each(differentiate);
+        more_deltas.for_each(differentiate);
+      }
     }
     if (MASKED) {
       Block::template for_each_hidden<Scores, IntRows>(query, [&](int reg) { scores[reg] = gradient[reg] = 0; });
@@ -321,7 +340,7 @@ struct Backward : BackwardBlock<T_, D, BackwardTuning<D, SCORED>::kBlockM, 128, 
   // Raw scores to the probabilities that dV needs, dP to dS.
   FA_DEVICE void differentiate_modified(int head, int query, int stage, Scores& scores, Scores& gradient) {
     // ALiBi's distance is the same seen from the key.
-    const ScoreModifier<T, SCORED> modifier(p, work.batch, head, -mask.shift);
+    const ScoreModifier<T, MODIFIERS> modifier(p, work.batch, head, -mask.shift);
     const Dropout dropout(p, work.batch, head);
     const float kept = kept_scale<float>(p);
     typename Block::template Kept<Scores> keep;

@@ -13,8 +13,7 @@
 namespace flash_attn {
 namespace sm90 {
 
-// SCORED: with softcap, ALiBi and dropout.
-template <class T_, int D, bool SCORED>
+template <class T_, int D, Modifiers MODIFIERS>
 struct WideBackward : BackwardBlock<T_, D, 64, 64, 4, 1> {
   using T = T_;
   using Block = BackwardBlock<T, D, 64, 64, 4, 1>;
@@ -264,9 +263,10 @@ struct WideBackward : BackwardBlock<T_, D, 64, 64, 4, 1> {
     hold(x.value);
     const Dropout dropout(p, work.batch, head);
     typename Block::template Kept<Scores> kept;
-    if (SCORED && dropout.enabled()) Block::find_kept(dropout, query, kept);
+    const bool drops = MODIFIERS == Modifiers::kAny && dropout.enabled();
+    if (drops) Block::find_kept(dropout, query, kept);
     const auto drop_some = [&] {
-      if (SCORED && dropout.enabled()) Block::drop(kept, kept_scale<float>(p), x);
+      if (drops) Block::drop(kept, kept_scale<float>(p), x);
     };
     const auto hide_some = [&] {
       if (MASKED) Block::template for_each_hidden<Scores, IntRows>(query, [&](int reg) { x[reg] = 0; });
@@ -276,9 +276,9 @@ struct WideBackward : BackwardBlock<T_, D, 64, 64, 4, 1> {
       Block::for_each_with(delta(stage), [&](int reg, float delta) { x[reg] -= delta; });
       receive(x, i);
       hide_some();
-    } else if constexpr (SCORED) {
+    } else if constexpr (MODIFIERS != Modifiers::kNone) {
       // ALiBi's distance is the same seen from the key.
-      const ScoreModifier<T, SCORED> modifier(p, work.batch, head, -mask.shift);
+      const ScoreModifier<T, MODIFIERS> modifier(p, work.batch, head, -mask.shift);
       Scores slope;  // dS is P's times that of the softcap
       slope.fill(1);
       modifier.apply(x, work.key_begin, query, [&](int reg, float derivative) { slope[reg] = derivative; });

@@ -21,8 +21,7 @@
 namespace flash_attn {
 namespace sm90 {
 
-// SCORED: with softcap, ALiBi and dropout.
-template <class T_, int D, bool SCORED>
+template <class T_, int D, Modifiers MODIFIERS>
 struct Forward {
   using T = T_;
   using Params = ForwardParams;
@@ -34,9 +33,10 @@ struct Forward {
   static constexpr int kThreads = (kGroups + 1) * 128;
 
   static constexpr bool kQueriesInRegisters = Tuning::kQueriesInRegisters;  // as a factor; else in shared memory
-  static constexpr bool kPairs = Tuning::kPairs && !SCORED;  // a scored one spills
+  static constexpr bool kScored = MODIFIERS == Modifiers::kAny, kSoftcap = MODIFIERS == Modifiers::kSoftcap;
+  static constexpr bool kPairs = Tuning::kPairs && MODIFIERS == Modifiers::kNone;  // a scored one spills
   // Asks ScoreLimits, and awaits the values half-way through the softmax. Scored ones have no registers for it.
-  static constexpr bool kHurries = !SCORED, kRescalesAtOnce = kHurries && Tuning::kRescalesAtOnce;
+  static constexpr bool kHurries = !kScored, kRescalesAtOnce = kHurries && Tuning::kRescalesAtOnce;
 
   using Work = ForwardWork<kM>;
   using Scores = sm80::Accumulator<float, kM, kN, kWarps, kWarps>;
@@ -283,7 +283,7 @@ struct Forward {
 
   // What becomes of a tile's scores.
   struct Scoring {
-    const ScoreModifier<T, SCORED> modifier;
+    const ScoreModifier<T, MODIFIERS> modifier;
     const Dropout dropout;
     FA_DEVICE Scoring(const ForwardParams& p, const Tile& tile)
         : modifier(p, tile.work.batch, tile.work.head, Mask(p, tile.seq).shift),
@@ -379,7 +379,7 @@ struct Forward {
     const Work& work = tile.work;
     const bool has_keys = share.has_keys(), folds = has_keys && share.has_chunks(p);
     const int rows = min_int(kM, tile.seq.len_q - work.query_begin);
-    const float kept = SCORED ? kept_scale<float>(p) : 1.0f;
+    const float kept = kScored ? kept_scale<float>(p) : 1.0f;
     Rows scale;
     const auto finish = [&] {
       if (p.num_splits == 1) finish_rows(p, work, tile.seq, rows, kept, state.softmax, scale);
@@ -449,7 +449,7 @@ struct Forward {
     scoring.modifier.apply(scores, tile.work.query_begin, key);
     if (!share.all_see(key)) share.template hide<IntRows>(p, tile, key, scores);
     state.softmax.raise_max(scores, scale_log2, rescale);
-    if (kHurries) state.limits.set(state.softmax, scale_log2);
+    if (kHurries) set_limits(scoring, state.softmax, state.limits);
     state.softmax.exponentiate(scores, scale_log2);
     drop(tile, scoring, key, scores);
     state.probabilities.narrow(scores);
@@ -478,14 +478,21 @@ struct Forward {
     wgmma_wait<1>();
     hold(scores.value);
     release_factors(share, stage, key);
-    scoring.modifier.apply(scores, tile.work.query_begin, key);
+    bool moves = NEW_CHUNK || !kHurries;  // the reference of a row, if only perhaps
+    if constexpr (kSoftcap) {
+      const Softcap softcap = scoring.modifier.softcap();
+      moves = moves || any_lane(state.limits.reached(scores) | state.limits.falls_below(scores, softcap.end()));
+      softcap.apply(scores, moves && softcap.any_far(scores));
+    } else {
+      scoring.modifier.apply(scores, tile.work.query_begin, key);
+    }
     if (NEW_CHUNK ? !share.all_see(key) : MASKED) share.template hide<IntRows>(p, tile, key, scores);
     OnlineSoftmax<float, Rows> next = state.softmax;
     if (NEW_CHUNK) next.clear();
-    const bool moves = NEW_CHUNK || !kHurries || __any_sync(0xffffffffu, state.limits.reached(scores));
+    if (!kSoftcap) moves = moves || __any_sync(0xffffffffu, state.limits.reached(scores));
     if (moves) {
       next.raise_max(scores, scale_log2, rescale);
-      if (kHurries) state.limits.set(next, scale_log2);
+      if (kHurries) set_limits(scoring, next, state.limits);
       if (!NEW_CHUNK && kRescalesAtOnce) {
         wgmma_wait<0>();
         hold(state.output.value);
@@ -517,8 +524,14 @@ struct Forward {
     state.probabilities.narrow(scores);
   }
 
+  // Of raw scores. A softcap brings none up; and while limits are not reached, it is a polynomial.
+  FA_DEVICE void set_limits(const Scoring& scoring, const OnlineSoftmax<float, Rows>& softmax,
+                            ScoreLimits<Scores, Rows>& limits) const {
+    limits.set(softmax, scoring.modifier.scale_log2(), kSoftcap ? scoring.modifier.softcap().end() : FLT_MAX);
+  }
+
   FA_DEVICE void drop(const Tile& tile, const Scoring& scoring, int key, Scores& scores) {
-    if (!SCORED || !scoring.dropout.enabled()) return;
+    if (!kScored || !scoring.dropout.enabled()) return;
     scoring.dropout.template for_each<Scores>(tile.work.query_begin, key, [&](int reg, bool keep) {
       if (!keep) scores[reg] = 0;
     });

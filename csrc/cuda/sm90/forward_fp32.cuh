@@ -239,7 +239,7 @@ struct Fp32Forward {
       }
       fence_async_proxy();
       sync_named(1 + group, 128);
-      const float scale = ScoreModifier<T, false>(p, 0, 0, 0).scale_log2();
+      const float scale = ScoreModifier<T, Modifiers::kNone>(p, 0, 0, 0).scale_log2();
       Rows::for_each([&](int slot, int row, bool) {
         scale_log2[slot] = block.control.queries_from_parts[row] * scale;
       });

@@ -37,14 +37,14 @@ struct BackwardRow {
   static constexpr bool kCovered = true;
   static constexpr int kBlockM = BLOCK_M, kWarpsQ = BLOCK_M / 16;  // kWarpsQ: warps along the queries of dQ
 };
-template <int D, bool SCORED>
+template <int D, Modifiers MODIFIERS>
 struct BackwardTuning {
   static constexpr bool kCovered = false;
 };
-template <> struct BackwardTuning<64, false> : BackwardRow<128> {};
-template <> struct BackwardTuning<64, true> : BackwardRow<64> {};  // 128 would spill
-template <bool SCORED> struct BackwardTuning<96, SCORED> : BackwardRow<64> {};
-template <bool SCORED> struct BackwardTuning<128, SCORED> : BackwardRow<64> {};
+template <Modifiers MODIFIERS> struct BackwardTuning<64, MODIFIERS> : BackwardRow<128> {};
+template <> struct BackwardTuning<64, Modifiers::kAny> : BackwardRow<64> {};  // 128 would spill
+template <Modifiers MODIFIERS> struct BackwardTuning<96, MODIFIERS> : BackwardRow<64> {};
+template <Modifiers MODIFIERS> struct BackwardTuning<128, MODIFIERS> : BackwardRow<64> {};
 
 // sm80's main loops on Hopper: its tuning, but for the 16-bit forward's key block, and for the fp32 backward's dQ, of
 // which each of two warpgroups has half of the columns.
