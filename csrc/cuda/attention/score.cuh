@@ -17,11 +17,13 @@ class ScoreModifier {
 
   FA_DEVICE ScoreModifier(const AttentionParams& p, int batch, int head, int shift)
       : p_(p), scale_(Scalar(p.softmax_scale)), shift_(shift) {
-    if (biases()) slope_ = p.alibi_slopes[batch * p.alibi_batch_stride + head] * Scalar(kLog2E);
+    if (biases(p)) slope_ = p.alibi_slopes[batch * p.alibi_batch_stride + head];
   }
 
   // The factor left for the softmax.
-  FA_DEVICE Scalar scale_log2() const { return leaves_scale() ? uniform(scale_ * Scalar(kLog2E)) : Scalar(1); }
+  FA_DEVICE Scalar scale_log2() const {
+    return leaves_scale(reread(p_)) ? uniform(scale_ * Scalar(kLog2E)) : Scalar(1);
+  }
   FA_DEVICE Softcap softcap() const { return Softcap(reread(p_)); }
 
   // Raw scores, element (0, 0) that of (query, key), to log2 units. One branch for a whole tile, not for each element.
@@ -33,11 +35,15 @@ class ScoreModifier {
   // Also calls differentiate(reg, derivative of the softcap), where there is one.
   template <class Scores, class F>
   FA_DEVICE void apply(Scores& scores, int query, int key, F&& differentiate) const {
-    if (caps()) cap(scores, differentiate);
-    if (!leaves_scale() && are_raw()) {
-      Scores::for_each([&](int, int, int, int reg) { scores[reg] *= scale_ * Scalar(kLog2E); });
+    if (!active()) return;
+    const AttentionParams& p = reread(p_);
+    if (caps(p)) {
+      cap(scores, p.softcap, differentiate);
+      if (kSeries && leaves_scale(p)) return;
     }
-    if (biases()) bias(scores, query, key);
+    if (kSeries || !caps(p)) Scores::for_each([&](int, int, int, int reg) { scores[reg] *= scale_; });
+    if (biases(p)) bias(scores, query, key);
+    Scores::for_each([&](int, int, int, int reg) { scores[reg] *= Scalar(kLog2E); });
   }
 
  private:
@@ -45,18 +51,17 @@ class ScoreModifier {
   static_assert(kSeries || MODIFIERS != Modifiers::kSoftcap);
 
   template <class Scores, class F>
-  FA_DEVICE void cap(Scores& scores, F&& differentiate) const {
+  FA_DEVICE void cap(Scores& scores, Scalar softcap, F&& differentiate) const {
     if constexpr (kSeries) {
-      const Softcap softcap = this->softcap();
-      softcap.apply(scores, softcap.any_far(scores));
-      softcap.differentiate(scores, differentiate);
+      const Softcap series = this->softcap();
+      series.apply(scores, series.any_far(scores));
+      series.differentiate(scores, differentiate);
     } else {
-      const Scalar softcap = reread(p_).softcap, cap_log2 = softcap * Scalar(kLog2E);
       Scores::for_each([&](int, int, int, int reg) {
         // The compiler brings the reciprocal out of the loop; written before it, it costs AMD scalar registers.
         const Scalar tanh = tanh_of(scores[reg] * scale_ * reciprocal(softcap));
         differentiate(reg, Scalar(1) - tanh * tanh);
-        scores[reg] = cap_log2 * tanh;
+        scores[reg] = softcap * tanh;
       });
     }
   }
@@ -73,20 +78,25 @@ class ScoreModifier {
     });
     const Scalar distance = Scalar(query + shift_ - key + first);
     Scores::for_each([&](int, int row, int col, int reg) {
-      scores[reg] = fma_rn(-slope_, absolute(distance + Scalar(row - col - first)), scores[reg]);
+      scores[reg] -= slope_ * absolute(distance + Scalar(row - col - first));
     });
   }
 
-  FA_DEVICE bool caps() const {
-    return MODIFIERS == Modifiers::kSoftcap || (MODIFIERS == Modifiers::kAny && reread(p_).softcap > 0);
+  static FA_DEVICE bool caps(const AttentionParams& p) {
+    return MODIFIERS == Modifiers::kSoftcap || (MODIFIERS == Modifiers::kAny && p.softcap > 0);
   }
-  FA_DEVICE bool biases() const { return MODIFIERS == Modifiers::kAny && reread(p_).alibi_slopes != nullptr; }
+  static FA_DEVICE bool biases(const AttentionParams& p) {
+    return MODIFIERS == Modifiers::kAny && p.alibi_slopes != nullptr;
+  }
+  FA_DEVICE bool active() const {
+    const AttentionParams& p = reread(p_);
+    return caps(p) || !leaves_scale(p);
+  }
   // A score of -inf must not meet a scale of 0, nor a maximum a negative one.
-  FA_DEVICE bool leaves_scale() const {
+  static FA_DEVICE bool leaves_scale(const AttentionParams& p) {
     if (MODIFIERS != Modifiers::kAny) return true;
-    return !biases() && Scalar(reread(p_).softmax_scale) > Scalar(0) && are_raw();
+    return (kSeries || !caps(p)) && !biases(p) && Scalar(p.softmax_scale) > Scalar(0);
   }
-  FA_DEVICE bool are_raw() const { return kSeries || !caps(); }  // once softcapped
 
   const AttentionParams& p_;
   Scalar scale_, slope_ = 0;
