@@ -150,6 +150,7 @@ FA_DEVICE double exp2_fast(double x) { return ::exp2(x); }
 FA_DEVICE float log2_accurate(float x) { return ::log2f(x); }
 FA_DEVICE double log2_accurate(double x) { return ::log2(x); }
 
+#if defined(__HIP_DEVICE_COMPILE__)
 // tanh(x) for |x| <= kTanhSeriesEnd: x + x^3 times a minimax polynomial of x^2; within 1.1e-7 of the result.
 constexpr float kTanhSeriesEnd = 0.75f;
 FA_DEVICE float tanh_series(float x) {
@@ -162,7 +163,6 @@ FA_DEVICE float tanh_series(float x) {
   return fma_rn(y * square, x, x);
 }
 
-#if defined(__HIP_DEVICE_COMPILE__)
 // Without branches; 1 - 2 / (e^2x + 1) would cancel where the series does not.
 FA_DEVICE float tanh_accurate(float x) {
   const float magnitude = __builtin_fabsf(x), small = tanh_series(x);

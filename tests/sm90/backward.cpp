@@ -30,19 +30,10 @@ bool check(const Task& task, int dim, float softcap, unsigned seed) {
   std::mt19937 random(seed);
   const bool packed = task.packed;
   const int batch = int(task.lengths_q.size()), group = task.heads_q / task.heads_kv;
-  int longest_q = 0, longest_k = 0;
-  for (int b = 0; b < batch; ++b) {
-    longest_q = std::max(longest_q, task.lengths_q[b]);
-    longest_k = std::max(longest_k, task.lengths_k[b]);
-  }
-  const auto length_q = [&](int b) { return packed ? task.lengths_q[b] : longest_q; };
-  const auto length_k = [&](int b) { return packed ? task.lengths_k[b] : longest_k; };
-  std::vector<int> ends_q{0}, ends_k{0};
-  for (int b = 0; b < batch; ++b) {
-    ends_q.push_back(ends_q.back() + length_q(b));
-    ends_k.push_back(ends_k.back() + length_k(b));
-  }
-  const int total_q = ends_q.back() + (packed ? 7 : 0), total_k = ends_k.back() + (packed ? 5 : 0);
+  const Lengths lengths_q(task.lengths_q, packed, 7), lengths_k(task.lengths_k, packed, 5);
+  const std::vector<int>&ends_q = lengths_q.ends, &ends_k = lengths_k.ends;
+  const int longest_q = lengths_q.longest, longest_k = lengths_k.longest;
+  const int total_q = lengths_q.total, total_k = lengths_k.total;
   Matrix<T> q(total_q, task.heads_q, dim, ends_q.back(), random), dout(q), dq(q);
   Matrix<T> k(total_k, task.heads_kv, dim, ends_k.back(), random), v(k), dk(k), dv(k);
   std::shuffle(dout.values.begin(), dout.values.begin() + size_t(ends_q.back()) * task.heads_q * dim, random);
@@ -63,7 +54,7 @@ bool check(const Task& task, int dim, float softcap, unsigned seed) {
   std::vector<float> lse(size_t(task.heads_q) * total_q), delta(lse.size());
   std::vector<double> exact_dq(q.values.size()), exact_dk(k.values.size()), exact_dv(k.values.size());
   for (int b = 0; b < batch; ++b) {
-    const int rows = length_q(b), keys = task.used_k.empty() ? length_k(b) : task.used_k[b];
+    const int rows = lengths_q[b], keys = task.used_k.empty() ? lengths_k[b] : task.used_k[b];
     for (int h = 0; h < task.heads_q; ++h) {
       for (int i = 0; i < rows; ++i) {
         const int row = ends_q[b] + i, kv_head = h / group, diagonal = i + keys - rows;
@@ -119,7 +110,7 @@ bool check(const Task& task, int dim, float softcap, unsigned seed) {
   p.dv = dv.ref(packed, longest_k);
   p.lse = {lse.data(), packed ? 0 : int64_t(task.heads_q) * longest_q, packed ? total_q : longest_q};
   p.delta = {delta.data(), p.lse.batch_stride, p.lse.head_stride};
-  describe(p, task, dim, longest_q, longest_k, total_q, total_k, ends_q, ends_k);
+  describe(p, task, dim, lengths_q, lengths_k);
   p.softcap = softcap;
   p.dtype = kFp32 ? DType::kFloat32 : std::is_same_v<T, Half> ? DType::kFloat16 : DType::kBFloat16;
   p.aligned = dim % 8 == 0;

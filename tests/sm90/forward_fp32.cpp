@@ -19,15 +19,10 @@ bool check(const Task& task, int dim, unsigned seed) {
   std::mt19937 random(seed);
   const bool packed = task.packed;
   const int batch = int(task.lengths_q.size()), group = task.heads_q / task.heads_kv;
-  int longest_q = 0, longest_k = 0;
-  std::vector<int> ends_q{0}, ends_k{0};
-  for (int b = 0; b < batch; ++b) {
-    longest_q = std::max(longest_q, task.lengths_q[b]);
-    longest_k = std::max(longest_k, task.lengths_k[b]);
-    ends_q.push_back(ends_q.back() + task.lengths_q[b]);
-    ends_k.push_back(ends_k.back() + task.lengths_k[b]);
-  }
-  const int total_q = ends_q.back() + (packed ? 7 : 0), total_k = ends_k.back() + (packed ? 5 : 0);
+  const Lengths lengths_q(task.lengths_q, packed, 7), lengths_k(task.lengths_k, packed, 5);
+  const std::vector<int>&ends_q = lengths_q.ends, &ends_k = lengths_k.ends;
+  const int longest_q = lengths_q.longest, longest_k = lengths_k.longest;
+  const int total_q = lengths_q.total, total_k = lengths_k.total;
   Matrix<float> q(total_q, task.heads_q, dim, ends_q.back(), random), out(q);
   Matrix<float> k(total_k, task.heads_kv, dim, ends_k.back(), random), v(k);
   std::shuffle(v.values.begin(), v.values.begin() + size_t(ends_k.back()) * task.heads_kv * dim, random);
@@ -44,7 +39,7 @@ bool check(const Task& task, int dim, unsigned seed) {
   p.v = v.ref(packed, longest_k);
   p.out = out.ref(packed, longest_q);
   p.lse = {lse.data(), packed ? 0 : int64_t(task.heads_q) * longest_q, packed ? total_q : longest_q};
-  describe(p, task, dim, longest_q, longest_k, total_q, total_k, ends_q, ends_k);
+  describe(p, task, dim, lengths_q, lengths_k);
   p.dtype = DType::kFloat32;
   p.aligned = dim % 4 == 0;
   p.split_size = task.split_size;
@@ -61,7 +56,7 @@ bool check(const Task& task, int dim, unsigned seed) {
   // Relative to what a row's terms add up to, where they are largest.
   double worst = 0, worst_lse = 0;
   for (int b = 0; b < batch; ++b) {
-    const int rows = task.lengths_q[b], keys = task.used_k.empty() ? task.lengths_k[b] : task.used_k[b];
+    const int rows = lengths_q[b], keys = task.used_k.empty() ? lengths_k[b] : task.used_k[b];
     for (int h = 0; h < task.heads_q; ++h) {
       for (int i = 0; i < rows; ++i) {
         const int row = ends_q[b] + i, diagonal = i + keys - rows;

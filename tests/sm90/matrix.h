@@ -1,6 +1,7 @@
 // What the programs here make problems of, and compare.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <random>
 #include <vector>
@@ -47,20 +48,32 @@ struct Difference {
   double value() const { return std::sqrt(square / norm); }
 };
 
+// One side of a batch. Padded sequences are all as long as the longest; behind packed ones are `spare` rows.
+struct Lengths {
+  int longest = 0, total;
+  std::vector<int> ends{0};
+
+  Lengths(const std::vector<int>& of_sequences, bool packed, int spare) {
+    for (int length : of_sequences) longest = std::max(longest, length);
+    for (int length : of_sequences) ends.push_back(ends.back() + (packed ? length : longest));
+    total = ends.back() + (packed ? spare : 0);
+  }
+  int operator[](int b) const { return ends[b + 1] - ends[b]; }
+};
+
 // What the forward's and the backward's params share of a task: lengths, masks, scale.
 template <class Task>
-void describe(AttentionParams& p, const Task& task, int dim, int longest_q, int longest_k, int total_q, int total_k,
-              const std::vector<int>& ends_q, const std::vector<int>& ends_k) {
+void describe(AttentionParams& p, const Task& task, int dim, const Lengths& q, const Lengths& k) {
   p.batch = int(task.lengths_q.size());
   p.heads_q = task.heads_q;
   p.heads_kv = task.heads_kv;
   p.head_dim = dim;
-  p.seqlen_q = longest_q;
-  p.seqlen_k = longest_k;
-  p.total_q = total_q;
-  p.total_k = total_k;
-  p.cu_seqlens_q = task.packed ? ends_q.data() : nullptr;
-  p.cu_seqlens_k = task.packed ? ends_k.data() : nullptr;
+  p.seqlen_q = q.longest;
+  p.seqlen_k = k.longest;
+  p.total_q = q.total;
+  p.total_k = k.total;
+  p.cu_seqlens_q = task.packed ? q.ends.data() : nullptr;
+  p.cu_seqlens_k = task.packed ? k.ends.data() : nullptr;
   p.seqused_k = task.used_k.empty() ? nullptr : task.used_k.data();
   p.softmax_scale = 1 / std::sqrt(double(dim));
   p.window_left = task.window_left;

@@ -104,8 +104,8 @@ MACHINES = (
 # What nvcc compiles the sm80 machine for: "80", "9.0", "sm_90"; see cuda.py.
 CUDA_ARCH = re.compile(r"(?:sm_)?(\d{1,2})\.?(\d)(a?)")
 
-# What a machine's own modified loops are compiled for.
-SCORED = ("softcap", "any")
+# What a machine's own modified loops are compiled for, as instances' names have it and as core/params.h.
+SCORED = {"softcap": "kSoftcap", "scored": "kAny"}
 
 # Instances a machine may have: compile time and binary size grow with it.
 MAX_INSTANCES_OF_A_MACHINE = 176
@@ -121,15 +121,14 @@ class Instance:
     head_dim: int = 0  # 0: the family does not depend on it
     modified: bool = False
     performance: bool = False  # with the performance mode's arithmetic
-    scored: str = ""  # modified, by "softcap" alone or by "any", in the machine's own loops
+    scored: str = ""  # of SCORED: modified, in the machine's own loops
 
     @property
     def name(self) -> str:
         """`forward_bf16_d128_plain`, `forward_bf16_d128_plain_performance`"""
         parts = [self.family.name.lower(), self.dtype]
         parts += [f"d{self.head_dim}"] if self.family.by_head_dim else []
-        scored = {"softcap": "softcap", "any": "scored"}
-        kind = scored[self.scored] if self.scored else "modified" if self.modified else "plain"
+        kind = self.scored or ("modified" if self.modified else "plain")
         parts += [kind] if self.family.by_modified else []
         parts += ["performance"] if self.performance else []
         return "_".join(parts)
@@ -157,7 +156,7 @@ class Instance:
 
     @property
     def _modifiers(self) -> str:
-        return f"Modifiers::k{self.scored.capitalize() or 'None'}"
+        return f"Modifiers::{SCORED.get(self.scored, 'kNone')}"
 
 
 @dataclass(frozen=True)
@@ -213,9 +212,9 @@ def instances(machine: Machine, config: Config) -> Iterator[Instance]:
     yield from performance_instances(machine, config)
     for family in FAMILIES:
         own = dict(machine.scored).get(family.name, ())
-        for dtype, size, modifiers in product(("fp16", "bf16"), own, SCORED):
+        for dtype, size, scored in product(("fp16", "bf16"), own, SCORED):
             if config.wants(dtype, size):
-                yield Instance(machine, family, dtype, size, modified=True, scored=modifiers)
+                yield Instance(machine, family, dtype, size, modified=True, scored=scored)
 
 
 def performance_instances(machine: Machine, config: Config) -> Iterator[Instance]:

@@ -24,7 +24,6 @@ class ScoreModifier {
   FA_DEVICE Scalar scale_log2() const {
     return leaves_scale(reread(p_)) ? uniform(scale_ * Scalar(kLog2E)) : Scalar(1);
   }
-  FA_DEVICE Softcap softcap() const { return Softcap(reread(p_)); }
 
   // Raw scores, element (0, 0) that of (query, key), to log2 units. One branch for a whole tile, not for each element.
   template <class Scores>
@@ -53,7 +52,7 @@ class ScoreModifier {
   template <class Scores, class F>
   FA_DEVICE void cap(Scores& scores, Scalar softcap, F&& differentiate) const {
     if constexpr (kSeries) {
-      const Softcap series = this->softcap();
+      const Softcap series(reread(p_));
       series.apply(scores, series.any_far(scores));
       series.differentiate(scores, differentiate);
     } else {

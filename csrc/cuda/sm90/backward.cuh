@@ -230,7 +230,7 @@ struct Backward
   FA_DEVICE void walk_queries(uint32_t& i, uint32_t& loads, KeyGradient& dk, KeyGradient& dv, F&& under_last) {
     const bool foreign = Block::has_foreign_rows();
     const typename Block::PlainQueries plain(mask, work.key_begin, foreign);
-    const float scale_log2 = ScoreModifier<T, MODIFIERS>(p, work.batch, 0, 0).scale_log2();
+    const float scale_log2 = Block::scale_log2();
     barriers.keys_full.wait(loads++ % 2);
     if (foreign && seq.len_k - work.key_begin < kN) clear_rows<kPanels>(shared, kKPanel, seq.len_k - work.key_begin);
     Step step(work.kv_head * group);
@@ -282,8 +282,9 @@ struct Backward
       constexpr bool kSoftcap = MODIFIERS == Modifiers::kSoftcap;
       Scores slopes;  // of the softcap, then times P
       if constexpr (kSoftcap) {
-        ScoreModifier<T, MODIFIERS>(p, work.batch, head, 0)
-            .apply(scores, 0, 0, [&](int reg, float derivative) { slopes[reg] = derivative; });
+        const Softcap softcap(p);
+        softcap.apply(scores, softcap.any_far(scores));
+        softcap.differentiate(scores, [&](int reg, float derivative) { slopes[reg] = derivative; });
       }
       const auto exponential = [&](int reg, float negated_lse) {
         Block::exponential(scale_log2, scores)(reg, negated_lse);

@@ -9,6 +9,7 @@
 #include "key_block.cuh"
 #include "maps.cuh"
 #include "parts.cuh"
+#include "place.cuh"
 
 namespace flash_attn {
 namespace sm90 {

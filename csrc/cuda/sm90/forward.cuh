@@ -12,6 +12,7 @@
 #include "../tile/tile.cuh"
 #include "limits.cuh"
 #include "maps.cuh"
+#include "place.cuh"
 #include "rows.cuh"
 #include "share.cuh"
 #include "tma.cuh"
@@ -480,7 +481,7 @@ struct Forward {
     release_factors(share, stage, key);
     bool moves = NEW_CHUNK || !kHurries;  // the reference of a row, if only perhaps
     if constexpr (kSoftcap) {
-      const Softcap softcap = scoring.modifier.softcap();
+      const Softcap softcap(p);
       moves = moves || any_lane(state.limits.reached(scores) | state.limits.falls_below(scores, softcap.end()));
       softcap.apply(scores, moves && softcap.any_far(scores));
     } else {
@@ -527,7 +528,7 @@ struct Forward {
   // Of raw scores. A softcap brings none up; and while limits are not reached, it is a polynomial.
   FA_DEVICE void set_limits(const Scoring& scoring, const OnlineSoftmax<float, Rows>& softmax,
                             ScoreLimits<Scores, Rows>& limits) const {
-    limits.set(softmax, scoring.modifier.scale_log2(), kSoftcap ? scoring.modifier.softcap().end() : FLT_MAX);
+    limits.set(softmax, scoring.modifier.scale_log2(), kSoftcap ? Softcap(p).end() : FLT_MAX);
   }
 
   FA_DEVICE void drop(const Tile& tile, const Scoring& scoring, int key, Scores& scores) {

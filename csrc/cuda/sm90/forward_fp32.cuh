@@ -12,6 +12,7 @@
 #include "../sm80/fragment.cuh"
 #include "maps.cuh"
 #include "parts.cuh"
+#include "place.cuh"
 #include "share.cuh"
 #include "wgmma.cuh"
 

@@ -72,7 +72,7 @@ struct KeyBlock {
     }
     FA_DEVICE bool holds(int query) const { return query >= begin && query + kM <= end; }
   };
-  // Of plain scores, as the exponent's fma takes it.
+  // Of raw scores, softcapped or not, as the exponent's fma takes it.
   FA_DEVICE float scale_log2() const { return float(p.softmax_scale) * float(kLog2E); }
 
   // For a lane's part of transposed scores: its n-th pair of queries, of a row of LSE or delta, and f(reg, value of the

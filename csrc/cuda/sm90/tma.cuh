@@ -40,18 +40,6 @@ class Barrier {
   uint64_t state_;
 };
 
-// A place among `count` that are used in turn, and the phase of its barriers.
-struct Place {
-  int at = 0;
-  uint32_t phase = 0;
-  FA_DEVICE void step(int count) {
-    if (++at == count) {
-      at = 0;
-      phase ^= 1;
-    }
-  }
-};
-
 // Where the cluster's thread block `rank` has what this one has at `address`.
 FA_DEVICE uint32_t cluster_address(uint32_t address, uint32_t rank) {
   uint32_t there;

@@ -59,15 +59,6 @@ class Barrier {
 };
 static_assert(sizeof(Barrier) == 8);
 
-struct Place {
-  int at = 0;
-  uint32_t phase = 0;
-  void step(int count) {
-    phase ^= ++at == count;
-    at %= count;
-  }
-};
-
 FA_DEVICE void fence_barrier_init() {}
 FA_DEVICE void fence_async_proxy() {}
 FA_DEVICE void fence_async_proxy_global() {}
