@@ -47,6 +47,19 @@ def test_packed(device):
     assert_gradients_accurate(gradients(lse, (q, k, v), dlse), rough, wanted, (q, k, v), dlse)
 
 
+@pytest.mark.parametrize("dim", [64, 128])
+def test_rows_whose_output_does_not_count(device, dtype, dim):
+    """Their dout is 0, and says nothing about how large their dS is."""
+    q, k, v = random_qkv(device, dtype, seqlen_q=100, seqlen_k=140, dim=dim, grad=True)
+    outputs = flash_attn_func(q, k, v, return_attn_probs=True)[:2]
+    dout, dlse = (torch.randn(x.shape).to(x) for x in outputs)
+    dout[:, ::3] = 0
+    inputs = tuple(x.detach().double().requires_grad_() for x in (q, k, v))
+    wanted = gradients(exact(*inputs)[:2], inputs, dout.double(), dlse.double())
+    rough = gradients(attention_reference(q, k, v)[:2], (q, k, v), dout, dlse)
+    assert_gradients_accurate(gradients(outputs, (q, k, v), dout, dlse), rough, wanted, (q, k, v), dout)
+
+
 def test_combining_halves_by_their_lse(device):
     """What ring attention does: two halves of the keys, merged by their LSE, are the whole; gradients too."""
     q, k, v = random_qkv(device, torch.float32, seqlen_q=20, seqlen_k=64, grad=True)

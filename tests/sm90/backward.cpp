@@ -52,6 +52,7 @@ bool check(const Task& task, int dim, float softcap, unsigned seed) {
   // The definition, in double.
   const double scale = 1 / std::sqrt(double(dim));
   std::vector<float> lse(size_t(task.heads_q) * total_q), delta(lse.size());
+  std::normal_distribution<float> of_lse;  // its gradient
   std::vector<double> exact_dq(q.values.size()), exact_dk(k.values.size()), exact_dv(k.values.size());
   for (int b = 0; b < batch; ++b) {
     const int rows = lengths_q[b], keys = task.used_k.empty() ? lengths_k[b] : task.used_k[b];
@@ -85,6 +86,7 @@ bool check(const Task& task, int dim, float softcap, unsigned seed) {
         }
         const size_t at = packed ? size_t(h) * total_q + row : (size_t(b) * task.heads_q + h) * longest_q + i;
         lse[at] = float(row_lse);
+        row_delta -= of_lse(random);
         delta[at] = float(row_delta);
         for (int j = begin; j < end; ++j) {
           const double ds = p[j] * (dp[j] - row_delta) * slope[j] * scale;

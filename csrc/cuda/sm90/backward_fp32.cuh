@@ -220,18 +220,19 @@ struct Fp32Backward : KeyBlock<64, 64> {
         k_from_parts[slot] = control.keys_from_parts[0][row];
         v_from_parts[slot] = control.keys_from_parts[1][row];
       });
+      const int v_exponent = largest_exponent(control.keys_from_parts[1]);
       State state;
       Step step(work.kv_head * group);
       for (int left = steps(); left > 0; --left, state.step(), step.next(walk.steps)) {
         const int query = walk.query(step.index);
         const bool hides = !plain.holds(query);
-        float rows_from_parts[2];  // of dO, of the rows of dQ
+        float sizes[2];  // of the rows of dQ
         if constexpr (KEYS) {
-          differentiate(query, hides, k_from_parts, v_from_parts, state, rows_from_parts, sum);
+          differentiate(query, hides, k_from_parts, v_from_parts, v_exponent, state, sizes, sum);
         } else {
-          exponentiate(query, hides, k_from_parts, state, rows_from_parts, sum);
+          exponentiate(query, hides, k_from_parts, v_exponent, state, sizes, sum);
         }
-        add_queries(step.head, query, state.phase, rows_from_parts);
+        add_queries(step.head, query, state.phase, sizes);
       }
     }
     if (KEYS) {
@@ -249,8 +250,8 @@ struct Fp32Backward : KeyBlock<64, 64> {
   }
 
   // P^T, and dV.
-  FA_DEVICE void exponentiate(int query, bool hides, const Rows& k_from_parts, const State& state,
-                              float (&rows_from_parts)[2], KeyGradient& dv) {
+  FA_DEVICE void exponentiate(int query, bool hides, const Rows& k_from_parts, int v_exponent, const State& state,
+                              float (&sizes)[2], KeyGradient& dv) {
     Scores x;
     control.full[state.query.at].wait(state.query.phase);
     Parts::multiply_rows(x.value, shared_address(shared), shared_address(slot_tile(state.query)), [] {});
@@ -266,19 +267,19 @@ struct Fp32Backward : KeyBlock<64, 64> {
 
     control.full[state.dout.at].wait(state.dout.phase);
     read_columns(control.from_parts[state.dout.at], columns);
-    read_rows(control.from_parts[state.dout.at], rows_from_parts);
+    read_sizes(state.dout, v_exponent, sizes);
     add_product(dv, x, columns, state.dout);
   }
 
   // dS^T, and dK.
   FA_DEVICE void differentiate(int query, bool hides, const Rows& k_from_parts, const Rows& v_from_parts,
-                               const State& state, float (&rows_from_parts)[2], KeyGradient& dk) {
+                               int v_exponent, const State& state, float (&sizes)[2], KeyGradient& dk) {
     Scores x;
     control.full[state.dout.at].wait(state.dout.phase);
     Parts::multiply_rows(x.value, shared_address(shared) + kVAt, shared_address(slot_tile(state.dout)), [] {});
     float columns[kColumns];
     read_columns(control.from_parts[state.dout.at], columns);
-    read_rows(control.from_parts[state.dout.at], rows_from_parts);
+    read_sizes(state.dout, v_exponent, sizes);
     scale(x, columns, v_from_parts);
     float negated_delta[kColumns];
     read_columns(control.of_query[state.dout.at], negated_delta);
@@ -287,9 +288,9 @@ struct Fp32Backward : KeyBlock<64, 64> {
     receive(x, state.phase);
     if (hides) hide(query, x);
 
-    // For dQ, whose rows take dO's powers back.
+    // For dQ, whose rows take their sizes back.
     FA_UNROLL
-    for (float& column : columns) column = inverse_power(column);
+    for (int i = 0; i < kColumns; ++i) columns[i] = inverse_power(size_of(columns[i], v_exponent, negated_delta[i]));
     put_ds(x, columns, k_from_parts, state.phase);
 
     control.full[state.query.at].wait(state.query.phase);
@@ -299,12 +300,13 @@ struct Fp32Backward : KeyBlock<64, 64> {
 
   // What is below 1 becomes parts below 2^15.
   static constexpr float kToParts = 32768.0f;
-  // The power of two above a positive float, given as bits: within 2^-100 and 2^110, so that its inverse times kToParts
+  // A power of two, of an exponent as it stands in a float: within 2^-100 and 2^110, so that its inverse times kToParts
   // is normal.
-  static FA_DEVICE float power_above(uint32_t bits) {
-    const int biased = min_int(max_int(int(bits >> 23) + 1, 27), 237);
-    return bits_to_float(uint32_t(biased) << 23);
+  static FA_DEVICE float power_of(int exponent) {
+    return bits_to_float(uint32_t(min_int(max_int(exponent, 27), 237)) << 23);
   }
+  // The one above a positive float, given as bits.
+  static FA_DEVICE float power_above(uint32_t bits) { return power_of(int(bits >> 23) + 1); }
 
   // sum += x y, x's columns times `columns`, y the tile at `place`, which is released.
   FA_DEVICE void add_product(KeyGradient& sum, Scores& x, const float (&columns)[kColumns], const Place& place) {
@@ -330,8 +332,23 @@ struct Fp32Backward : KeyBlock<64, 64> {
     FA_UNROLL
     for (int reg = 0; reg < Scores::kRegs; ++reg) f(reg, reg / 4 * 2 + reg % 2);
   }
-  static FA_DEVICE void read_rows(const float* of_query, float (&rows)[2]) {
-    Rows::for_each([&](int slot, int row, bool) { rows[slot] = of_query[row]; });
+  // About how large dP - delta may be in a query's row, as a power of two: as dO's row and V's largest are, or as delta,
+  // which the LSE's gradient may make as large as it likes.
+  static FA_DEVICE float size_of(float dout_from_parts, int v_exponent, float delta) {
+    const int of_products = int(float_to_bits(dout_from_parts) >> 23) + v_exponent;
+    return power_of(max_int(of_products, int(float_to_bits(absolute(delta)) >> 23) + 1));
+  }
+  FA_DEVICE void read_sizes(const Place& dout, int v_exponent, float (&sizes)[2]) const {
+    Rows::for_each([&](int slot, int row, bool) {
+      sizes[slot] = size_of(control.from_parts[dout.at][row], v_exponent, control.of_query[dout.at][row]);
+    });
+  }
+  // Of a tile's powers, for size_of(): as an exponent that is added to one as it stands in a float.
+  static FA_DEVICE int largest_exponent(const float* from_parts) {
+    const int lane = int(threadIdx.x) % 32;
+    const float largest = ::fmaxf(from_parts[lane], from_parts[lane + 32]);
+    constexpr int kBoth = 127 - 2 * 15;  // 2^15 times either is what it stands for
+    return int(__reduce_max_sync(0xffffffffu, float_to_bits(largest)) >> 23) - kBoth;
   }
   static FA_DEVICE void scale(Scores& x, const float (&columns)[kColumns], const Rows& rows) {
     for_columns([&](int reg, int column) { x[reg] *= columns[column] * rows.value[reg / 2 % 2]; });
@@ -410,7 +427,7 @@ struct Fp32Backward : KeyBlock<64, 64> {
   }
 
   // A warpgroup's half of dQ's columns.
-  FA_DEVICE void add_queries(int head, int query, uint32_t phase, const float (&rows_from_parts)[2]) {
+  FA_DEVICE void add_queries(int head, int query, uint32_t phase, const float (&sizes)[2]) {
     const int half = warpgroup();
     const uint32_t ds = shared_address(shared) + kDsAt;
     const uint32_t k = shared_address(shared) + (D == 64 ? half * 64 : half * Parts::kPanelBytes);
@@ -427,7 +444,7 @@ struct Fp32Backward : KeyBlock<64, 64> {
     control.ds_free.arrive();
     FA_UNROLL
     for (int reg = 0; reg < QueryGradient::kRegs; ++reg) {
-      dq[reg] = dq[reg] * ds_from_parts * rows_from_parts[reg / 2 % 2];
+      dq[reg] = dq[reg] * ds_from_parts * sizes[reg / 2 % 2];
     }
     const int64_t block = place_of_queries<int64_t>(p, work.batch, head, seq.first_q, query, kM);
     int32_t* const turn = p.dq_turn + block;
