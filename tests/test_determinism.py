@@ -86,7 +86,7 @@ def test_heads_do_not_matter(device, dtype):
         assert same(alone, slices)
 
 
-@pytest.mark.parametrize("dim", [64, 96, 128])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
 def test_other_queries_do_not_matter(device, dtype, dim):
     """Whether tiles are many or few, and whether they have a neighbour to share keys with."""
     q, k, v = random_qkv(device, dtype, 2, 700, 300, heads_kv=2, dim=dim)
@@ -156,7 +156,7 @@ def test_schedule_does_not_matter(device, dtype, name, blocks, dim):
                 assert torch.equal(part_lse, lse[..., begin:end]), (chunk, begin)
 
 
-@pytest.mark.parametrize("dim", [64, 96, 128])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
 def test_later_values_do_not_matter(device, dim):
     """However large they are: float32 on Hopper scales weights by the values that a row sees."""
     split = 2 * split_for(device, torch.float32, dim)

@@ -73,15 +73,16 @@ def test_empty_batch(device):
     assert flash_attn_func(q, k, v).shape == q.shape
 
 
-def test_float32_is_within_a_millionth(device):
-    q, k, v = random_qkv(device, torch.float32, 1, 300, 300, dim=64)
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_float32_is_within_a_millionth(device, dim):
+    q, k, v = random_qkv(device, torch.float32, 1, 300, 300, dim=dim)
     for causal in (False, True):
         out = flash_attn_func(q, k, v, causal=causal)
         # The contract: 1e-6 on unit-normal inputs.
         assert error(out, exact(q, k, v, causal=causal).out) <= 1e-6
 
 
-@pytest.mark.parametrize("dim", [64, 96, 128])
+@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("factor", [1.0, 1e-25, 1e25])
 def test_float32_rows_of_any_size(device, dim, factor):
     """Hopper's kernels scale each row by a power of two of its own."""

@@ -30,11 +30,13 @@ struct KernelKey {
 using HostKernel = void (*)(const void* params, int64_t block, char* scratch);
 
 struct KernelInfo {
+  static constexpr int kNoStash = -1;  // folds no chunks, nor has the bits of a kernel that does
+
   KernelKey key;
   int block_m, block_n;  // query rows and keys of a block; 0 where the kind has none
   int threads;           // of a GPU thread block
   int shared_bytes;      // the host: of scratch
-  int stash_bytes;       // more of them, where a row has several chunks
+  int stash_bytes;       // more of them, where a row has several chunks; or kNoStash
   int stash_device_bytes;  // and device memory, for each thread block
   int64_t (*blocks)(const void* params);  // how many blocks these params make
   HostKernel host;       // null on a GPU

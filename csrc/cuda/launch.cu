@@ -130,6 +130,8 @@ const KernelInfo& forward_kernel(const ForwardParams& p, const Queue& queue) {
   };
   const bool modified = p.s_dmask != nullptr || is_modified(p, find_forward);
   const KernelInfo &any = find_forward(modified), &kernel = p.s_dmask == nullptr ? or_scored(any, p, queue) : any;
+  // Then for calls of one chunk, too, whose rows have the bits that they have among more keys.
+  if (p.split_size > 0 && kernel.stash_bytes == KernelInfo::kNoStash) return find_forward(true);
   if (!may_fold(p) || stash_fits(kernel, queue)) return kernel;
   const KernelInfo& other = find_forward(true);  // the same bits
   return stash_fits(other, queue) ? other : kernel;

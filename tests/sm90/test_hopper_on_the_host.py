@@ -50,6 +50,6 @@ def test_backward_is_that_of_the_definition(programs, kind, dim, seed):
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
-@pytest.mark.parametrize("dim", [64, 96, 128])
+@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
 def test_fp32_forward_is_that_of_the_definition(programs, dim, seed):
-    run(programs / "forward_fp32", dim, seed, problems=16)
+    run(programs / "forward_fp32", dim, seed, problems=16 if dim <= 128 else 14)  # wide ones fold no chunks

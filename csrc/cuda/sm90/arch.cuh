@@ -23,7 +23,7 @@ struct Mma : Sm80 {
 template <class T, int D>
 constexpr bool kCoversForward = sizeof(T) == 2 && ForwardTuning<D>::kCovered;
 template <class T, int D>
-constexpr bool kCoversFp32Forward = std::is_same_v<T, float> && (D == 64 || D == 96 || D == 128);
+constexpr bool kCoversFp32Forward = std::is_same_v<T, float> && D >= 64;
 template <class T, int D>
 constexpr bool kCoversBackward = sizeof(T) == 2 && BackwardTuning<D, Modifiers::kNone>::kCovered;
 template <class T, int D>

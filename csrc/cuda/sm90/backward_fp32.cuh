@@ -290,7 +290,9 @@ struct Fp32Backward : KeyBlock<64, 64> {
 
     // For dQ, whose rows take their sizes back.
     FA_UNROLL
-    for (int i = 0; i < kColumns; ++i) columns[i] = inverse_power(size_of(columns[i], v_exponent, negated_delta[i]));
+    for (int i = 0; i < kColumns; ++i) {
+      columns[i] = inverse_power(size_of(columns[i], v_exponent, negated_delta[i]));
+    }
     put_ds(x, columns, k_from_parts, state.phase);
 
     control.full[state.query.at].wait(state.query.phase);
@@ -314,7 +316,7 @@ struct Fp32Backward : KeyBlock<64, 64> {
     scale_rows(x, columns, from_parts);
     uint32_t high[kM / 16][4], low[kM / 16][4];
     split_all(x, high, low);
-    Parts::multiply(product, high, low, shared_address(slot_tile(place)));
+    Parts::template multiply<D>(product, high, low, shared_address(slot_tile(place)));
     control.free[place.at].arrive();
     FA_UNROLL
     for (int reg = 0; reg < KeyGradient::kRegs; ++reg) {
@@ -332,8 +334,8 @@ struct Fp32Backward : KeyBlock<64, 64> {
     FA_UNROLL
     for (int reg = 0; reg < Scores::kRegs; ++reg) f(reg, reg / 4 * 2 + reg % 2);
   }
-  // About how large dP - delta may be in a query's row, as a power of two: as dO's row and V's largest are, or as delta,
-  // which the LSE's gradient may make as large as it likes.
+  // About how large dP - delta may be in a query's row, as a power of two: as dO's row times V's largest is, or as
+  // delta, which the LSE's gradient may make as large as it likes.
   static FA_DEVICE float size_of(float dout_from_parts, int v_exponent, float delta) {
     const int of_products = int(float_to_bits(dout_from_parts) >> 23) + v_exponent;
     return power_of(max_int(of_products, int(float_to_bits(absolute(delta)) >> 23) + 1));

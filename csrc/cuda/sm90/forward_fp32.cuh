@@ -23,17 +23,18 @@ template <int D>
 struct Fp32Forward {
   using T = float;
   using Params = ForwardParams;
-  static constexpr int kM = 128, kN = 64, kBlockM = kM, kBlockN = kN;
+  static constexpr int kM = 128, kN = D > 128 ? 32 : 64, kBlockM = kM, kBlockN = kN;
   static constexpr int kGroups = 2, kWarps = 4 * kGroups, kLoaders = 8;  // warps that compute, and that load
   static constexpr int kThreads = (kWarps + kLoaders) * 32;
-  static constexpr int kLoaderRegisters = 56, kConsumerRegisters = 200;
+  static constexpr int kLoaderRegisters = D == 192 ? 64 : 56, kConsumerRegisters = 256 - kLoaderRegisters;
   static constexpr bool kTakesAnyRows = true;  // of any alignment
 
   using Work = ForwardWork<kM>;
   using Tile = ForwardTile<kM, kN>;
   using Share = KeyShare<kM, kN>;
-  using Parts = PartsTile<D>;
-  static constexpr int kBatch = kN / kLoaders;  // rows of a warp that loads
+  using Parts = PartsTile<D, kN>;  // of K or V
+  using QueryParts = PartsTile<D>;  // of a warpgroup
+  static constexpr int kShare = kN / kLoaders, kBatch = D > 128 ? 2 : kShare;  // rows of a warp that loads; at once
   using Batch = WarpRows<D, kBatch>;
   using Scores = sm80::Accumulator<float, kM, kN, kWarps, kWarps>;
   using Output = sm80::Accumulator<float, kM, D, kWarps, kWarps>;
@@ -41,23 +42,26 @@ struct Fp32Forward {
   using IntRows = sm80::Rows<int, kM, kWarps>;
 
   // A ring of tiles, K's and V's in turn; before it, copies of what they will be made from. A row with several chunks
-  // has the running fold behind fewer of both.
+  // has the running fold behind fewer of both, where there is room.
   struct Ring {
     int raws, slots;
     constexpr int bytes() const { return raws * kRawBytes + slots * Parts::kBytes; }
   };
   static constexpr int kRawBytes = kN * D * 4;
-  static constexpr Ring kRing = D == 64 ? Ring{2, 6} : Ring{2, 3}, kFoldRing = D == 64 ? kRing : Ring{1, 2};
+  static constexpr Ring kRing = D == 64 ? Ring{2, 6} : D == 256 ? Ring{1, 2} : Ring{2, 3};
+  static constexpr Ring kFoldRing = D == 64 ? kRing : Ring{1, 2};
   struct Control {
     Barrier full[kRing.slots], free[kRing.slots], copied[kRing.raws][kLoaders];
     float from_parts[kRing.slots][kN], queries_from_parts[kM];
   };
-  static constexpr int kQBytes = kGroups * Parts::kBytes;
+  static constexpr int kQBytes = kGroups * QueryParts::kBytes;
   static constexpr int kControlBytes = (int(sizeof(Control)) + 1023) / 1024 * 1024;
   static constexpr int kRawAt = kQBytes + kControlBytes, kSharedBytes = kRawAt + kRing.bytes();
   static constexpr int kFoldAt = kRawAt + kFoldRing.bytes();
-  static constexpr int kStashBytes = kFoldAt + (kM * D + 2 * kM) * 4 - kSharedBytes;
-  static_assert(kSharedBytes + kStashBytes <= 227 * 1024, "the running fold must fit: no other instance has its bits");
+  // Where there is none, sm80's loops have all calls with a split_size: no other instance has these bits.
+  static constexpr bool kFolds = D <= 128;
+  static constexpr int kStashBytes = kFolds ? kFoldAt + (kM * D + 2 * kM) * 4 - kSharedBytes : KernelInfo::kNoStash;
+  static_assert(kSharedBytes + (kFolds ? kStashBytes : 0) <= 227 * 1024);
 
   struct Launched {
     Params p;
@@ -65,8 +69,8 @@ struct Fp32Forward {
 
     explicit Launched(const Params& p)
         : p(p),
-          k(p.aligned ? map_keys(p, p.k, kBatch, D) : CUtensorMap{}),
-          v(p.aligned ? map_keys(p, p.v, kBatch, D) : CUtensorMap{}) {}
+          k(p.aligned ? map_keys(p, p.k, kShare, D) : CUtensorMap{}),
+          v(p.aligned ? map_keys(p, p.v, kShare, D) : CUtensorMap{}) {}
   };
 
   static int64_t blocks(const Params& p) { return Work::blocks(p); }
@@ -135,7 +139,7 @@ struct Fp32Forward {
   };
 
   FA_DEVICE void load() {
-    const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0) - kWarps, first = warp * kBatch;
+    const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0) - kWarps, first = warp * kShare;
     const int kv_head = tile.work.head / (p.heads_q / p.heads_kv), end = tile.keys.end + first;
     const int first_k = int(tile.seq.first_k);
     Source source{tile.keys.begin + first}, ahead = source;
@@ -143,7 +147,7 @@ struct Fp32Forward {
     const auto fetch = [&] {
       if (p.aligned && ahead.key < end && first_lane()) {
         Barrier& copied = control.copied[raw_ahead.at][warp];
-        copied.arrive_expecting(Batch::kBytes);
+        copied.arrive_expecting(kShare * D * 4);
         load_box(shared_address(raw_rows(raw_ahead.at, first)), ahead.values ? launched.v : launched.k, copied, 0,
                  first_k + ahead.key, kv_head, p.cu_seqlens_k ? 0 : tile.work.batch);
       }
@@ -152,18 +156,21 @@ struct Fp32Forward {
     };
     for (int i = 0; i < ring.raws; ++i) fetch();
     for (; source.key < end; slot.step(ring.slots)) {
-      const int rows = tile.seq.len_k - source.key;
-      Batch batch;
       control.free[slot.at].wait(slot.phase ^ 1);
-      if (p.aligned) {
-        control.copied[raw.at][warp].wait(raw.phase);
-        batch.read(raw_rows(raw.at, first), rows, p.head_dim);
-      } else {
-        const TensorRef& tensor = source.values ? p.v : p.k;
-        batch.template load<false>(head_rows<const T>(tensor, tile.work.batch, kv_head, first_k + source.key),
-                                   tensor.row_stride, rows, p.head_dim);
+      if (p.aligned) control.copied[raw.at][warp].wait(raw.phase);
+      FA_UNROLL
+      for (int done = 0; done < kShare; done += kBatch) {
+        const int rows = tile.seq.len_k - source.key - done;
+        Batch batch;
+        if (p.aligned) {
+          batch.read(raw_rows(raw.at, first + done), rows, p.head_dim);
+        } else {
+          const TensorRef& tensor = source.values ? p.v : p.k;
+          batch.template load<false>(head_rows<const T>(tensor, tile.work.batch, kv_head, first_k + source.key + done),
+                                     tensor.row_stride, rows, p.head_dim);
+        }
+        Parts::put(slot_tile(slot), control.from_parts[slot.at], first + done, batch, RowExponents<Batch>(batch));
       }
-      Parts::put(slot_tile(slot), control.from_parts[slot.at], first, batch, RowExponents<Batch>(batch));
       fence_async_proxy();
       control.full[slot.at].arrive();
       __syncwarp();  // the copies have been read
@@ -198,7 +205,7 @@ struct Fp32Forward {
 
     FA_DEVICE void run() {
       const int rows = min_int(kM, tile.seq.len_q - tile.work.query_begin);
-      const bool folds = share.has_keys() && share.has_chunks(p);
+      const bool folds = kFolds && share.has_keys() && share.has_chunks(p);
       start_chunk();
       if (share.has_keys()) {
         if (p.aligned) {
@@ -224,19 +231,22 @@ struct Fp32Forward {
     // Each warp its own.
     template <bool ALIGNED>
     FA_DEVICE void load_queries(int rows) {
-      constexpr int kBatches = 16 / kBatch;
+      constexpr int kAtOnce = 2;  // batches
       const T* q = head_rows<const T>(p.q, tile.work.batch, tile.work.head, tile.seq.first_q + tile.work.query_begin);
-      const int first = __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0) * 16;
-      Batch batches[kBatches];
+      const int warp_row = __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0) * 16;
       FA_UNROLL
-      for (int i = 0; i < kBatches; ++i) {
-        const int row = first + i * kBatch;
-        batches[i].template load<ALIGNED>(q + row * p.q.row_stride, p.q.row_stride, rows - row, p.head_dim);
-      }
-      FA_UNROLL
-      for (int i = 0; i < kBatches; ++i) {
-        Parts::put(queries(), block.control.queries_from_parts + group * 64, first % 64 + i * kBatch, batches[i],
-                   RowExponents<Batch>(batches[i]));
+      for (int done = 0; done < 16; done += kAtOnce * kBatch) {
+        Batch batches[kAtOnce];
+        FA_UNROLL
+        for (int i = 0; i < kAtOnce; ++i) {
+          const int row = warp_row + done + i * kBatch;
+          batches[i].template load<ALIGNED>(q + row * p.q.row_stride, p.q.row_stride, rows - row, p.head_dim);
+        }
+        FA_UNROLL
+        for (int i = 0; i < kAtOnce; ++i) {
+          QueryParts::put(queries(), block.control.queries_from_parts + group * 64, warp_row % 64 + done + i * kBatch,
+                          batches[i], RowExponents<Batch>(batches[i]));
+        }
       }
       fence_async_proxy();
       sync_named(1 + group, 128);
@@ -245,7 +255,7 @@ struct Fp32Forward {
         scale_log2[slot] = block.control.queries_from_parts[row] * scale;
       });
     }
-    FA_DEVICE char* queries() const { return block.shared + group * Parts::kBytes; }
+    FA_DEVICE char* queries() const { return block.shared + group * QueryParts::kBytes; }
 
     FA_DEVICE void await() const { block.control.full[place.at].wait(place.phase); }
     FA_DEVICE void release() {
@@ -285,18 +295,25 @@ struct Fp32Forward {
         split(scores[2 * i] * of_column[0] * scale, scores[2 * i + 1] * of_column[1] * scale, high[i / 4][i % 4],
               low[i / 4][i % 4]);
       }
-      Output sum;  // rounded to nearest when it is added to those before
-      Parts::multiply(sum.value, high, low, shared_address(block.slot_tile(place)));
-      release();
+      constexpr int kCols = D > 128 ? 64 : D;  // at once, for want of registers
       FA_UNROLL
-      for (int reg = 0; reg < Output::kRegs; ++reg) output[reg] += sum[reg];
+      for (int col = 0; col < D; col += kCols) {
+        float sum[kCols / 2];  // rounded to nearest when it is added to those before
+        Parts::template multiply<kCols>(sum, high, low,
+                                        shared_address(block.slot_tile(place)) + col / 64 * Parts::kPanelBytes);
+        if (col + kCols == D) release();
+        FA_UNROLL
+        for (int reg = 0; reg < kCols / 2; ++reg) output[col / 2 + reg] += sum[reg];
+      }
     }
 
     // scores = Q K^T, of Q's parts
     FA_DEVICE void score(Scores& scores) {
       await();
       float from_parts[kN / 4];
-      Parts::multiply_rows(scores.value, shared_address(queries()), shared_address(block.slot_tile(place)),
+      uint32_t q = shared_address(queries());
+      if constexpr (D == 256) q = uint32_t(unhoisted(int(q)));  // lest all descriptors be kept across the loop
+      Parts::multiply_rows(scores.value, q, shared_address(block.slot_tile(place)),
                            [&] { read_columns(block.control.from_parts[place.at], from_parts); });
       release();
       FA_UNROLL

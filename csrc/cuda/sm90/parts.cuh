@@ -11,45 +11,52 @@
 namespace flash_attn {
 namespace sm90 {
 
-// COUNT rows of D columns in the registers of a warp, four columns a lane.
+// COUNT rows of D columns in the registers of a warp: of each of a lane's rows four columns, or four of each half.
 template <int D, int COUNT>
 struct WarpRows {
   static constexpr int kCount = COUNT, kBytes = COUNT * D * 4;
-  static constexpr int kAtOnce = D == 64 ? 2 : 1, kVectors = COUNT / kAtOnce;
+  static constexpr int kAtOnce = D == 64 ? 2 : 1, kRows = COUNT / kAtOnce, kHalves = D > 128 ? 2 : 1;
   static constexpr int kLanesOfRow = 32 / kAtOnce;
-  float x[kVectors][4];
+  float x[kRows][4 * kHalves];
 
   static FA_DEVICE int lane() { return int(threadIdx.x) % kLanesOfRow; }  // of its row
+  static FA_DEVICE int col(int half) { return half * 128 + lane() * 4; }
   static FA_DEVICE int first_row() { return kAtOnce == 1 ? 0 : int(threadIdx.x) % 32 / kLanesOfRow; }
-  static FA_DEVICE int row(int vector) { return vector * kAtOnce + first_row(); }
+  static FA_DEVICE int row(int i) { return i * kAtOnce + first_row(); }
 
   // Rows from `rows` on and columns from `cols` on are zero, and not read. From shared memory, 16 bytes at a time:
   FA_DEVICE void read(const char* src, int rows, int cols) {
-    const bool has_cols = lane() * 4 < cols;
-    FA_UNROLL
-    for (int i = 0; i < kVectors; ++i) {
-      const auto* at = reinterpret_cast<const float4*>(src + row(i) * D * 4) + lane();
-      const float4 v = has_cols && row(i) < rows ? *at : float4{};
-      x[i][0] = v.x, x[i][1] = v.y, x[i][2] = v.z, x[i][3] = v.w;
-    }
+    for_each([&](int i, int half, float* to) {
+      const auto* at = reinterpret_cast<const float4*>(src + row(i) * D * 4) + col(half) / 4;
+      set(to, row(i) < rows && col(half) < cols ? *at : float4{});
+    });
   }
   // From device memory, where rows allow 16-byte access or not:
   template <bool ALIGNED>
   FA_DEVICE void load(const float* src, int64_t row_stride, int rows, int cols) {
-    FA_UNROLL
-    for (int i = 0; i < kVectors; ++i) {
-      const float* const at = src + row(i) * row_stride + lane() * 4;
+    for_each([&](int i, int half, float* to) {
+      const float* const at = src + row(i) * row_stride + col(half);
       if constexpr (ALIGNED) {
-        const float4 v = row(i) < rows && lane() * 4 < cols ? __ldg(reinterpret_cast<const float4*>(at)) : float4{};
-        x[i][0] = v.x, x[i][1] = v.y, x[i][2] = v.z, x[i][3] = v.w;
+        set(to, row(i) < rows && col(half) < cols ? __ldg(reinterpret_cast<const float4*>(at)) : float4{});
       } else {
         FA_UNROLL
         for (int part = 0; part < 4; ++part) {
-          x[i][part] = row(i) < rows && lane() * 4 + part < cols ? __ldg(at + part) : 0.0f;
+          to[part] = row(i) < rows && col(half) + part < cols ? __ldg(at + part) : 0.0f;
         }
       }
+    });
+  }
+
+ private:
+  template <class F>
+  FA_DEVICE void for_each(F&& f) {
+    FA_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      FA_UNROLL
+      for (int half = 0; half < kHalves; ++half) f(i, half, x[i] + 4 * half);
     }
   }
+  static FA_DEVICE void set(float* to, const float4& v) { to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w; }
 };
 
 // Exponents of a lane's rows as they stand in a float. Parts are scaled below 2^15; rows below 2^-105 are scaled as
@@ -57,14 +64,18 @@ struct WarpRows {
 template <class Rows>
 struct RowExponents {
   static constexpr int kParts = 15, kLeast = 21;
-  int biased[Rows::kVectors];  // a row is below 2^(biased - 126)
+  int biased[Rows::kRows];  // a row is below 2^(biased - 126)
 
   explicit FA_DEVICE RowExponents(const Rows& rows) {
     float all = 0;
     FA_UNROLL
-    for (int i = 0; i < Rows::kVectors; ++i) {
-      const float(&x)[4] = rows.x[i];
-      const float most = ::fmaxf(::fmaxf(absolute(x[0]), absolute(x[1])), ::fmaxf(absolute(x[2]), absolute(x[3])));
+    for (int i = 0; i < Rows::kRows; ++i) {
+      float most = 0;
+      FA_UNROLL
+      for (int half = 0; half < Rows::kHalves; ++half) {
+        const float* const x = rows.x[i] + 4 * half;
+        most = ::fmaxf(most, ::fmaxf(::fmaxf(absolute(x[0]), absolute(x[1])), ::fmaxf(absolute(x[2]), absolute(x[3]))));
+      }
       all = ::fmaxf(all, most);
       set(i, most);
     }
@@ -90,10 +101,10 @@ struct RowExponents {
   // What is not finite is no measure for the rest of its row.
   FA_DEVICE void set_of_finite(const Rows& rows) {
     FA_UNROLL
-    for (int i = 0; i < Rows::kVectors; ++i) {
+    for (int i = 0; i < Rows::kRows; ++i) {
       float most = 0;
       FA_UNROLL
-      for (int part = 0; part < 4; ++part) {
+      for (int part = 0; part < 4 * Rows::kHalves; ++part) {
         const float size = absolute(rows.x[i][part]);
         most = size < infinity<float>() ? ::fmaxf(most, size) : most;
       }
@@ -111,11 +122,11 @@ FA_DEVICE void split(float x, float y, uint32_t& high, uint32_t& low) {
   low = sm80::pack(Half{}, x - widen(Half{uint16_t(high & 0xffff)}), y - widen(Half{uint16_t(high >> 16)}));
 }
 
-// 64 rows as a factor in shared memory: panels of 64 columns, in each the rows' high parts, then their low ones, 128
+// ROWS rows as a factor in shared memory: panels of 64 columns, in each the rows' high parts, then their low ones, 128
 // bytes a row, swizzled as wgmma wants them.
-template <int D>
+template <int D, int ROWS = 64>
 struct PartsTile {
-  static constexpr int kRows = 64, kPanels = (D + 63) / 64;
+  static constexpr int kRows = ROWS, kPanels = (D + 63) / 64;
   static constexpr int kLow = kRows * 128, kPanelBytes = 2 * kLow, kBytes = kPanels * kPanelBytes;
 
   // A warp's rows become those from `first` on, a multiple of COUNT. from_parts[row]: what scales a row back.
@@ -124,55 +135,62 @@ struct PartsTile {
                             const RowExponents<WarpRows<D, COUNT>>& exponents) {
     using Rows = WarpRows<D, COUNT>;
     static_assert(8 % COUNT == 0);
-    const int col = Rows::lane() * 4, row = first + Rows::first_row();
-    const bool has_cols = D % 64 == 0 || col < D;
-    const uint32_t at = shared_address(tile) + col / 64 * kPanelBytes + row * 128 + ((col % 64 / 8) ^ row % 8) * 16 +
-                        col % 8 * 2;
+    const int row = first + Rows::first_row();
     FA_UNROLL
-    for (int i = 0; i < Rows::kVectors; ++i) {
-      const float scale = exponents.to_parts(i), *x = rows.x[i];
-      uint32_t high[2], low[2];
-      split(x[0] * scale, x[1] * scale, high[0], low[0]);
-      split(x[2] * scale, x[3] * scale, high[1], low[1]);
-      const uint32_t row_at = (at ^ i * Rows::kAtOnce * 16) + i * Rows::kAtOnce * 128;
-      if (has_cols) {
-        store_shared(row_at, high[0], high[1]);
-        store_shared(row_at + kLow, low[0], low[1]);
+    for (int half = 0; half < Rows::kHalves; ++half) {
+      const int col = Rows::col(half);
+      const bool has_cols = D == 64 || D % 128 == 0 || col < D;
+      const uint32_t at = shared_address(tile) + col / 64 * kPanelBytes + row * 128 + ((col % 64 / 8) ^ row % 8) * 16 +
+                          col % 8 * 2;
+      FA_UNROLL
+      for (int i = 0; i < Rows::kRows; ++i) {
+        const float scale = exponents.to_parts(i), *x = rows.x[i] + 4 * half;
+        uint32_t high[2], low[2];
+        split(x[0] * scale, x[1] * scale, high[0], low[0]);
+        split(x[2] * scale, x[3] * scale, high[1], low[1]);
+        const uint32_t row_at = (at ^ i * Rows::kAtOnce * 16) + i * Rows::kAtOnce * 128;
+        if (has_cols) {
+          store_shared(row_at, high[0], high[1]);
+          store_shared(row_at + kLow, low[0], low[1]);
+        }
+        if (half == 0 && Rows::lane() == 0) from_parts[first + Rows::row(i)] = exponents.from_parts(i);
       }
-      if (Rows::lane() == 0) from_parts[first + Rows::row(i)] = exponents.from_parts(i);
     }
   }
 
-  // x = a b^T, of two tiles. `meanwhile` is called while they are multiplied.
+  // x = a b^T, a of 64 rows, b a tile. `meanwhile` is called while they are multiplied.
   template <class Meanwhile>
-  static FA_DEVICE void multiply_rows(float (&x)[32], uint32_t a, uint32_t b, Meanwhile&& meanwhile) {
-    float high[64], low[32];  // a's high parts by both of b's, side by side; a's low ones by b's high ones
+  static FA_DEVICE void multiply_rows(float (&x)[kRows / 2], uint32_t a, uint32_t b, Meanwhile&& meanwhile) {
+    using Left = PartsTile<D>;
+    float high[kRows], low[kRows / 2];  // a's high parts by both of b's, side by side; a's low ones by b's high ones
     wgmma_fence();
-    multiply_panels<Half, 2 * kRows, D>(high, a, kPanelBytes, b, kPanelBytes);
-    multiply_panels<Half, kRows, D>(low, a + kLow, kPanelBytes, b, kPanelBytes);
+    multiply_panels<Half, 2 * kRows, D>(high, a, Left::kPanelBytes, b, kPanelBytes);
+    multiply_panels<Half, kRows, D>(low, a + Left::kLow, Left::kPanelBytes, b, kPanelBytes);
     meanwhile();
     wgmma_wait<0>();
     hold(high);
     hold(low);
     FA_UNROLL
-    for (int reg = 0; reg < 32; ++reg) x[reg] = high[reg] + (high[32 + reg] + low[reg]);
+    for (int reg = 0; reg < kRows / 2; ++reg) x[reg] = high[reg] + (high[kRows / 2 + reg] + low[reg]);
   }
-  // x = a b, b a tile.
-  static FA_DEVICE void multiply(float (&x)[D / 2], uint32_t (&a_high)[kRows / 16][4], uint32_t (&a_low)[kRows / 16][4],
-                                 uint32_t b) {
-    multiply_registers<Half, D, kRows>(x, a_low, b, kPanelBytes, false);
-    multiply_registers<Half, D, kRows>(x, a_high, b + kLow, kPanelBytes);
-    multiply_registers<Half, D, kRows>(x, a_high, b, kPanelBytes);
+  // x = a b, COLS columns of a tile from the panel at b on.
+  template <int COLS>
+  static FA_DEVICE void multiply(float (&x)[COLS / 2], uint32_t (&a_high)[kRows / 16][4],
+                                 uint32_t (&a_low)[kRows / 16][4], uint32_t b) {
+    multiply_registers<Half, COLS, kRows>(x, a_low, b, kPanelBytes, false);
+    multiply_registers<Half, COLS, kRows>(x, a_high, b + kLow, kPanelBytes);
+    multiply_registers<Half, COLS, kRows>(x, a_high, b, kPanelBytes);
     wgmma_wait<0>();
     hold(x);
   }
 };
 
-// A value for each of the 64 columns of a warpgroup's product: those of this lane's, whose register r is in the
+// A value for each column of a warpgroup's product: those of this lane's, whose register r is in the
 // (r / 4 * 2 + r % 2)-th.
-FA_DEVICE void read_columns(const float* of_column, float (&columns)[16]) {
+template <int COUNT>
+FA_DEVICE void read_columns(const float* of_column, float (&columns)[COUNT]) {
   FA_UNROLL
-  for (int n = 0; n < 8; ++n) {
+  for (int n = 0; n < COUNT / 2; ++n) {
     const float2 pair = *reinterpret_cast<const float2*>(of_column + int(threadIdx.x) % 4 * 2 + 8 * n);
     columns[2 * n] = pair.x;
     columns[2 * n + 1] = pair.y;

@@ -46,15 +46,22 @@ template <> struct BackwardTuning<64, Modifiers::kAny> : BackwardRow<64> {};  //
 template <Modifiers MODIFIERS> struct BackwardTuning<96, MODIFIERS> : BackwardRow<64> {};
 template <Modifiers MODIFIERS> struct BackwardTuning<128, MODIFIERS> : BackwardRow<64> {};
 
-// sm80's main loops on Hopper: its tuning, but for the 16-bit forward's key block, and for the fp32 backward's dQ, of
-// which each of two warpgroups has half of the columns.
+// sm80's main loops on Hopper have its tuning, but for the 16-bit forward's key block, and for the fp32 backward:
+// Hopper's own at 128 has half of dQ's columns in each of two warpgroups; wider heads use the larger shared memory.
+template <Kernel KERNEL, int ELEMENT_BYTES, int D>
+struct Sm80Row {
+  using Type = void;
+};
+template <> struct Sm80Row<Kernel::kForward, 2, 96> { using Type = sm80::ForwardTuning<128, 128, 8, 1>; };
+template <> struct Sm80Row<Kernel::kForward, 2, 128> { using Type = sm80::ForwardTuning<128, 128, 8, 1>; };
+template <> struct Sm80Row<Kernel::kBackward, 4, 128> { using Type = sm80::BackwardTuning<64, 64, 8, 4, 2, 4, 1>; };
+template <> struct Sm80Row<Kernel::kBackward, 4, 192> { using Type = sm80::BackwardTuning<64, 32, 8, 4, 2, 4, 1>; };
+template <> struct Sm80Row<Kernel::kBackward, 4, 256> { using Type = sm80::BackwardTuning<64, 32, 8, 4, 2, 4, 1>; };
+
+template <Kernel KERNEL, class T, int D, bool MODIFIED, class Row = typename Sm80Row<KERNEL, int(sizeof(T)), D>::Type>
+struct Tuning : Row {};
 template <Kernel KERNEL, class T, int D, bool MODIFIED>
-struct Tuning
-    : std::conditional_t<KERNEL == Kernel::kForward && sizeof(T) == 2 && (D == 96 || D == 128),
-                         sm80::ForwardTuning<128, 128, 8, 1>,
-                         std::conditional_t<KERNEL == Kernel::kBackward && sizeof(T) == 4 && D == 128,
-                                            sm80::BackwardTuning<64, 64, 8, 4, 2, 4, 1>,
-                                            sm80::Tuning<KERNEL, T, D, MODIFIED>>> {};
+struct Tuning<KERNEL, T, D, MODIFIED, void> : sm80::Tuning<KERNEL, T, D, MODIFIED> {};
 
 }  // namespace sm90
 }  // namespace flash_attn
