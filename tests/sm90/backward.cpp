@@ -204,9 +204,9 @@ int main(int, char** arguments) {
     case 128:
       return !(fp32 ? check_fp32<128>(seed) : check_all<sm90::Backward, 128>(seed));
     case 192:
-      return !check_all<sm90::WideBackward, 192>(seed);
+      return !(fp32 ? check_fp32<192>(seed) : check_all<sm90::WideBackward, 192>(seed));
     case 256:
-      return !check_all<sm90::WideBackward, 256>(seed);
+      return !(fp32 ? check_fp32<256>(seed) : check_all<sm90::WideBackward, 256>(seed));
   }
   return 2;
 }

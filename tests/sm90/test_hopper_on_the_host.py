@@ -43,7 +43,7 @@ def run(program: Path, *arguments: object, problems: int) -> None:
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize(
     "kind, dim",
-    [("16-bit", 64), ("16-bit", 96), ("16-bit", 128), ("16-bit", 192), ("16-bit", 256), ("fp32", 64), ("fp32", 128)],
+    [("16-bit", dim) for dim in (64, 96, 128, 192, 256)] + [("fp32", dim) for dim in (64, 128, 192, 256)],
 )
 def test_backward_is_that_of_the_definition(programs, kind, dim, seed):
     run(programs / "backward", kind, dim, seed, problems=14)

@@ -3,6 +3,9 @@
 // works out P^T from S^T = K Q^T, for dV += P^T dO, and hands it on; the second dS^T from dP^T = V dO^T, for
 // dK += dS^T Q and, through shared memory, for dQ = dS K, of which either does half of the columns. What is a left
 // factor is scaled to fp16's range anew in each step: rows for dK, a tile for dQ.
+//
+// Wide heads leave room for tiles of 32 queries, two a step. wgmma multiplies 64 rows at least, so dQ is worked out
+// transposed, dQ^T = K^T dS^T, and lanes exchange halves of it on the way to device memory.
 #pragma once
 
 #include "../sm80/arch.cuh"
@@ -21,31 +24,37 @@ struct Fp32Backward : KeyBlock<64, 64> {
   static constexpr int kBlockM = kM, kBlockN = kN;
   static constexpr int kComputing = 256, kLoaders = 8;  // threads that compute, warps that load
   static constexpr int kThreads = kComputing + kLoaders * 32, kStashBytes = 0;
-  static constexpr int kLoaderRegisters = 56, kConsumerRegisters = 200;
+  static constexpr int kLoaderRegisters = D == 256 ? 48 : D == 192 ? 72 : 56;
+  static constexpr int kConsumerRegisters = 256 - kLoaderRegisters;
   static constexpr bool kTakesAnyRows = true;  // of any alignment
 
-  using Parts = PartsTile<D>;
-  using DsParts = PartsTile<kM>;  // of dS^T
-  using Scores = sm80::Accumulator<float, kN, kM, 4, 4>;  // [keys, queries], of a warpgroup
+  static constexpr bool kWide = D > 128;
+  static constexpr int kRows = kWide ? 32 : 64, kTiles = kM / kRows;  // queries of a tile; tiles of a step
+  using Parts = PartsTile<D>;  // of K or V
+  using QueryParts = PartsTile<D, kRows>;  // of dO or Q
+  static constexpr int kDsBytes = kN * 128 * (kWide ? 1 : 2);  // of dS^T: wide, low parts behind a row's high ones
+  using Scores = sm80::Accumulator<float, kN, kRows, 4, 4>;  // [keys, queries], of a warpgroup
   using KeyGradient = sm80::Accumulator<float, kN, D, 4, 4>;
   using QueryGradient = sm80::Accumulator<float, kM, D, 4, 8>;  // of both warpgroups
   using Rows = sm80::Rows<float, kN, 4>;
   using IntRows = sm80::Rows<int, kN, 4>;
-  using Batch = WarpRows<D, 8>;  // a warp's rows of a tile
+  static constexpr int kBatch = kWide ? 2 : 8;  // rows that a loading warp has at once
+  using Batch = WarpRows<D, kBatch>;
 
-  static constexpr int kSlots = D == 64 ? 4 : 3;  // of a ring of tiles, dO's and Q's in turn
-  static constexpr int kColumns = kM / 4;         // of a lane: queries
+  static constexpr int kSlots = D == 64 || D == 192 ? 4 : D == 128 ? 3 : 2;  // of a ring of dO's and Q's tiles in turn
+  static constexpr int kColumns = kRows / 4;  // of a lane: queries
   struct Control {
     Barrier keys_full[2], full[kSlots], free[kSlots], copied[kLoaders];
     Barrier p_full[4], p_free[4];  // of a warp that computes P, and of the one that needs it
     Barrier ds_full, ds_free;
     uint32_t largest_ds[2];
     float ds_from_parts;
-    alignas(16) float keys_from_parts[2][kN], from_parts[kSlots][kM];
-    float of_query[kSlots][kM];  // dO's: -delta; Q's: -LSE, in log2 units
+    alignas(16) float keys_from_parts[2][kN], from_parts[kSlots][kRows];
+    float of_query[kSlots][kRows];  // dO's: -delta; Q's: -LSE, in log2 units
   };
-  static constexpr int kVAt = Parts::kBytes, kRingAt = kVAt + Parts::kBytes, kDsAt = kRingAt + kSlots * Parts::kBytes;
-  static constexpr int kPAt = kDsAt + DsParts::kBytes, kRawAt = kPAt + kM * kN * 4, kControlAt = kRawAt + kM * D * 4;
+  static constexpr int kVAt = Parts::kBytes, kRingAt = kVAt + Parts::kBytes;
+  static constexpr int kDsAt = kRingAt + kSlots * QueryParts::kBytes, kPAt = kDsAt + kDsBytes;
+  static constexpr int kRawAt = kPAt + kRows * kN * 4, kControlAt = kRawAt + kLoaders * Batch::kBytes;
   static constexpr int kSharedBytes = kControlAt + (int(sizeof(Control)) + 127) / 128 * 128;
 
   struct Launched {
@@ -115,16 +124,22 @@ struct Fp32Backward : KeyBlock<64, 64> {
     }
   }
 
-  FA_DEVICE char* slot_tile(const Place& place) const { return shared + kRingAt + place.at * Parts::kBytes; }
+  // K at 0, V; not kept across the loop where there are registers for little else.
+  FA_DEVICE uint32_t factor(int at) const {
+    const uint32_t address = shared_address(shared) + at;
+    return kWide ? uint32_t(unhoisted(int(address))) : address;
+  }
+  FA_DEVICE char* slot_tile(const Place& place) const { return shared + kRingAt + place.at * QueryParts::kBytes; }
 
-  // ---- loading: a warp has eight rows of every tile; while it splits them, the next are on their way --------------
+  // ---- loading: a warp has an eighth of every tile; while it splits some rows, the next are on their way ----------
 
   // Tiles are numbered: K, V, then dO and Q of each step.
   template <class X>
   static FA_DEVICE const X& of_tile(int tile, const X& k, const X& v, const X& dout, const X& q) {
     return tile < 2 ? (tile == 0 ? k : v) : (tile % 2 == 0 ? dout : q);
   }
-  // A warp's rows of one, from `row` of the tensor on, and a value for each of them: this lane's.
+  static FA_DEVICE constexpr int share(int tile) { return (tile < 2 ? kN : kRows) / kLoaders; }  // a warp's rows
+  // Rows of one, from `row` of the tensor on, and a value for each of the warp's: this lane's.
   struct Source {
     int row, head, rows;
     float value;
@@ -133,68 +148,91 @@ struct Fp32Backward : KeyBlock<64, 64> {
     const int key = work.key_begin + first;
     return {int(seq.first_k) + key, work.kv_head, seq.len_k - key, 0.0f};
   }
-  FA_DEVICE Source source_of_queries(const RowsRef& values, float scale, float beyond, const Step& step,
-                                     int first) const {
-    const int query = walk.query(step.index) + first, lane = int(threadIdx.x) % 32, rows = seq.len_q - query;
-    const float* const of_row = head_rows<const float>(values, work.batch, step.head, seq.first_q + query);
-    const float value = lane < Batch::kCount && lane < rows ? of_row[lane] : beyond;
-    return {int(seq.first_q) + query, step.head, rows, value * scale};
+  FA_DEVICE Source source_of_queries(const RowsRef& values, float scale, float beyond, int head, int query) const {
+    const int lane = int(threadIdx.x) % 32, rows = seq.len_q - query;
+    const float* const of_row = head_rows<const float>(values, work.batch, head, seq.first_q + query);
+    const float value = lane < share(2) && lane < rows ? of_row[lane] : beyond;
+    return {int(seq.first_q) + query, head, rows, value * scale};
   }
 
   FA_DEVICE void load() {
     const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0) - kComputing / 32;
-    const int first = warp * Batch::kCount, lane = int(threadIdx.x) % 32, tiles = steps() > 0 ? 2 + 2 * steps() : 0;
-    char* const raw = shared + kRawAt + first * D * 4;
+    const int lane = int(threadIdx.x) % 32, tiles = steps() > 0 ? 2 + 2 * kTiles * steps() : 0;
+    char* const raw = shared + kRawAt + warp * Batch::kBytes;
     Step step(work.kv_head * group);
     Source next{};
-    const auto fetch = [&](int tile) {
+    // The rows of a tile from `done` of the warp's on.
+    const auto fetch = [&](int tile, int done) {
       if (tile >= tiles) return;
-      if (tile < 2) {
-        next = source_of_keys(first);
-      } else if (tile % 2 == 0) {
-        next = source_of_queries(p.delta, -1.0f, 0.0f, step, first);
+      if (done > 0) {
+        next.row += kBatch;
+        next.rows -= kBatch;
+      } else if (tile < 2) {
+        next = source_of_keys(warp * share(tile));
       } else {
-        next = source_of_queries(p.lse, -float(kLog2E), infinity<float>(), step, first);
-        step.next(walk.steps);
+        const int query = walk.query(step.index) + (tile / 2 - 1) % kTiles * kRows + warp * share(tile);
+        if (tile % 2 == 0) {
+          next = source_of_queries(p.delta, -1.0f, 0.0f, step.head, query);
+        } else {
+          next = source_of_queries(p.lse, -float(kLog2E), infinity<float>(), step.head, query);
+          if (tile / 2 % kTiles == 0) step.next(walk.steps);
+        }
       }
       if (!p.aligned || !first_lane()) return;
       const CUtensorMap& map = of_tile(tile, launched.k, launched.v, launched.dout, launched.q);
       control.copied[warp].arrive_expecting(Batch::kBytes);
       load_box(shared_address(raw), map, control.copied[warp], 0, next.row, next.head, p.cu_seqlens_q ? 0 : work.batch);
     };
-    fetch(0);
+    fetch(0, 0);
     Place slot;
+    uint32_t copies = 0;
     for (int tile = 0; tile < tiles; ++tile) {
-      Batch batch;
-      if (p.aligned) {
-        control.copied[warp].wait(tile % 2);
-        batch.read(raw, next.rows, p.head_dim);
-      } else {
-        const TensorRef& tensor = of_tile(tile, p.k, p.v, p.dout, p.q);
-        batch.template load<false>(head_rows<const T>(tensor, work.batch, next.head, next.row), tensor.row_stride,
-                                   next.rows, p.head_dim);
+      const bool keys = tile < 2;
+      char* const to = keys ? shared + tile * kVAt : slot_tile(slot);
+      float* const from_parts = keys ? control.keys_from_parts[tile] : control.from_parts[slot.at];
+      for (int done = 0; done < share(tile); done += kBatch) {
+        Batch batch;
+        if (p.aligned) {
+          control.copied[warp].wait(copies++ % 2);
+          batch.read(raw, next.rows, p.head_dim);
+        } else {
+          const TensorRef& tensor = of_tile(tile, p.k, p.v, p.dout, p.q);
+          batch.template load<false>(head_rows<const T>(tensor, work.batch, next.head, next.row), tensor.row_stride,
+                                     next.rows, p.head_dim);
+        }
+        const float value = next.value;
+        const RowExponents<Batch> exponents(batch);
+        __syncwarp();  // the copies have been read
+        const bool last = done + kBatch == share(tile);
+        fetch(last ? tile + 1 : tile, last ? 0 : done + kBatch);
+        const int row = warp * share(tile) + done;
+        if (keys) {
+          Parts::put(to, from_parts, row, batch, exponents);
+          continue;
+        }
+        if (done == 0) {
+          control.free[slot.at].wait(slot.phase ^ 1);
+          if (lane < share(tile)) control.of_query[slot.at][row + lane] = value;
+        }
+        QueryParts::put(to, from_parts, row, batch, exponents);
       }
-      const float value = next.value;
-      const RowExponents<Batch> exponents(batch);
-      __syncwarp();  // the copies have been read
-      fetch(tile + 1);
-      if (tile < 2) {
-        Parts::put(shared + tile * kVAt, control.keys_from_parts[tile], first, batch, exponents);
-        fence_async_proxy();
-        control.keys_full[tile].arrive();
-        continue;
-      }
-      control.free[slot.at].wait(slot.phase ^ 1);
-      Parts::put(slot_tile(slot), control.from_parts[slot.at], first, batch, exponents);
-      if (lane < Batch::kCount) control.of_query[slot.at][first + lane] = value;
       fence_async_proxy();
-      control.full[slot.at].arrive();
-      slot.step(kSlots);
+      if (keys) {
+        control.keys_full[tile].arrive();
+      } else {
+        control.full[slot.at].arrive();
+        slot.step(kSlots);
+      }
     }
   }
 
   // ---- computing --------------------------------------------------------------------------------------------------
 
+  // Powers of two of the rows of dQ, or of dQ^T's columns.
+  struct Sizes {
+    float value[kWide ? kColumns : 2];
+    FA_DEVICE float of(int reg) const { return value[kWide ? reg / 4 * 2 + reg % 2 : reg / 2 % 2]; }
+  };
   // Where a warpgroup is: its places of dO and of Q.
   struct State {
     Place dout, query;
@@ -223,16 +261,19 @@ struct Fp32Backward : KeyBlock<64, 64> {
       const int v_exponent = largest_exponent(control.keys_from_parts[1]);
       State state;
       Step step(work.kv_head * group);
-      for (int left = steps(); left > 0; --left, state.step(), step.next(walk.steps)) {
-        const int query = walk.query(step.index);
-        const bool hides = !plain.holds(query);
-        float sizes[2];  // of the rows of dQ
-        if constexpr (KEYS) {
-          differentiate(query, hides, k_from_parts, v_from_parts, v_exponent, state, sizes, sum);
-        } else {
-          exponentiate(query, hides, k_from_parts, v_exponent, state, sizes, sum);
+      for (int left = steps(); left > 0; --left, step.next(walk.steps)) {
+        const bool hides = !plain.holds(walk.query(step.index));
+        for (int tile = 0; tile < kTiles; ++tile) {
+          const int query = walk.query(step.index) + tile * kRows;
+          Sizes sizes;
+          if constexpr (KEYS) {
+            differentiate(query, hides, k_from_parts, v_from_parts, v_exponent, state, sizes, sum);
+          } else {
+            exponentiate(query, hides, k_from_parts, v_exponent, state, sizes, sum);
+          }
+          add_queries(step.head, walk.query(step.index), tile, state.phase, sizes);
+          state.step();
         }
-        add_queries(step.head, query, state.phase, sizes);
       }
     }
     if (KEYS) {
@@ -251,13 +292,13 @@ struct Fp32Backward : KeyBlock<64, 64> {
 
   // P^T, and dV.
   FA_DEVICE void exponentiate(int query, bool hides, const Rows& k_from_parts, int v_exponent, const State& state,
-                              float (&sizes)[2], KeyGradient& dv) {
+                              Sizes& sizes, KeyGradient& dv) {
     Scores x;
     control.full[state.query.at].wait(state.query.phase);
-    Parts::multiply_rows(x.value, shared_address(shared), shared_address(slot_tile(state.query)), [] {});
+    QueryParts::multiply_rows(x.value, factor(0), shared_address(slot_tile(state.query)), [] {});
     float columns[kColumns];
     read_columns(control.from_parts[state.query.at], columns);
-    scale(x, columns, k_from_parts);
+    scale_scores(x, columns, k_from_parts);
     const float scale_log2 = this->scale_log2();
     read_columns(control.of_query[state.query.at], columns);
     control.free[state.query.at].arrive();
@@ -273,14 +314,14 @@ struct Fp32Backward : KeyBlock<64, 64> {
 
   // dS^T, and dK.
   FA_DEVICE void differentiate(int query, bool hides, const Rows& k_from_parts, const Rows& v_from_parts,
-                               int v_exponent, const State& state, float (&sizes)[2], KeyGradient& dk) {
+                               int v_exponent, const State& state, Sizes& sizes, KeyGradient& dk) {
     Scores x;
     control.full[state.dout.at].wait(state.dout.phase);
-    Parts::multiply_rows(x.value, shared_address(shared) + kVAt, shared_address(slot_tile(state.dout)), [] {});
+    QueryParts::multiply_rows(x.value, factor(kVAt), shared_address(slot_tile(state.dout)), [] {});
     float columns[kColumns];
     read_columns(control.from_parts[state.dout.at], columns);
     read_sizes(state.dout, v_exponent, sizes);
-    scale(x, columns, v_from_parts);
+    scale_scores(x, columns, v_from_parts);
     float negated_delta[kColumns];
     read_columns(control.of_query[state.dout.at], negated_delta);
     control.free[state.dout.at].arrive();
@@ -312,18 +353,24 @@ struct Fp32Backward : KeyBlock<64, 64> {
 
   // sum += x y, x's columns times `columns`, y the tile at `place`, which is released.
   FA_DEVICE void add_product(KeyGradient& sum, Scores& x, const float (&columns)[kColumns], const Place& place) {
-    float from_parts[2], product[D / 2];
+    float from_parts[2];
     scale_rows(x, columns, from_parts);
-    uint32_t high[kM / 16][4], low[kM / 16][4];
+    uint32_t high[kRows / 16][4], low[kRows / 16][4];
     split_all(x, high, low);
-    Parts::template multiply<D>(product, high, low, shared_address(slot_tile(place)));
-    control.free[place.at].arrive();
+    constexpr int kCols = kWide ? 64 : D;  // at once, for want of registers
     FA_UNROLL
-    for (int reg = 0; reg < KeyGradient::kRegs; ++reg) {
-      sum[reg] = fma_rn(product[reg], from_parts[reg / 2 % 2], sum[reg]);
+    for (int col = 0; col < D; col += kCols) {
+      float product[kCols / 2];
+      QueryParts::template multiply<kCols>(product, high, low,
+                                           shared_address(slot_tile(place)) + col / 64 * QueryParts::kPanelBytes);
+      if (col + kCols == D) control.free[place.at].arrive();
+      FA_UNROLL
+      for (int reg = 0; reg < kCols / 2; ++reg) {
+        sum[col / 2 + reg] = fma_rn(product[reg], from_parts[reg / 2 % 2], sum[col / 2 + reg]);
+      }
     }
   }
-  static FA_DEVICE void split_all(const Scores& x, uint32_t (&high)[kM / 16][4], uint32_t (&low)[kM / 16][4]) {
+  static FA_DEVICE void split_all(const Scores& x, uint32_t (&high)[kRows / 16][4], uint32_t (&low)[kRows / 16][4]) {
     FA_UNROLL
     for (int i = 0; i < Scores::kRegs / 2; ++i) split(x[2 * i], x[2 * i + 1], high[i / 4][i % 4], low[i / 4][i % 4]);
   }
@@ -340,10 +387,18 @@ struct Fp32Backward : KeyBlock<64, 64> {
     const int of_products = int(float_to_bits(dout_from_parts) >> 23) + v_exponent;
     return power_of(max_int(of_products, int(float_to_bits(absolute(delta)) >> 23) + 1));
   }
-  FA_DEVICE void read_sizes(const Place& dout, int v_exponent, float (&sizes)[2]) const {
-    Rows::for_each([&](int slot, int row, bool) {
-      sizes[slot] = size_of(control.from_parts[dout.at][row], v_exponent, control.of_query[dout.at][row]);
-    });
+  FA_DEVICE void read_sizes(const Place& dout, int v_exponent, Sizes& sizes) const {
+    if constexpr (kWide) {
+      float from_parts[kColumns], negated_delta[kColumns];
+      read_columns(control.from_parts[dout.at], from_parts);
+      read_columns(control.of_query[dout.at], negated_delta);
+      FA_UNROLL
+      for (int i = 0; i < kColumns; ++i) sizes.value[i] = size_of(from_parts[i], v_exponent, negated_delta[i]);
+    } else {
+      Rows::for_each([&](int slot, int row, bool) {
+        sizes.value[slot] = size_of(control.from_parts[dout.at][row], v_exponent, control.of_query[dout.at][row]);
+      });
+    }
   }
   // Of a tile's powers, for size_of(): as an exponent that is added to one as it stands in a float.
   static FA_DEVICE int largest_exponent(const float* from_parts) {
@@ -352,7 +407,7 @@ struct Fp32Backward : KeyBlock<64, 64> {
     constexpr int kBoth = 127 - 2 * 15;  // 2^15 times either is what it stands for
     return int(__reduce_max_sync(0xffffffffu, float_to_bits(largest)) >> 23) - kBoth;
   }
-  static FA_DEVICE void scale(Scores& x, const float (&columns)[kColumns], const Rows& rows) {
+  static FA_DEVICE void scale_scores(Scores& x, const float (&columns)[kColumns], const Rows& rows) {
     for_columns([&](int reg, int column) { x[reg] *= columns[column] * rows.value[reg / 2 % 2]; });
   }
   // x, its columns times `columns`, to the range of parts, each row by a power of two of its own, which `from_parts`
@@ -379,7 +434,7 @@ struct Fp32Backward : KeyBlock<64, 64> {
   // P^T from one warpgroup to the other, lane by lane.
   static FA_DEVICE int pair() { return int(threadIdx.x) / 32 % 4; }
   FA_DEVICE float4* exchanged(int n) const {
-    return reinterpret_cast<float4*>(shared + kPAt + pair() * (kM * kN)) + n * 32 + int(threadIdx.x) % 32;
+    return reinterpret_cast<float4*>(shared + kPAt + pair() * (kRows * kN)) + n * 32 + int(threadIdx.x) % 32;
   }
   FA_DEVICE void send(const Scores& x, uint32_t phase) {
     control.p_free[pair()].wait(phase ^ 1);
@@ -414,52 +469,124 @@ struct Fp32Backward : KeyBlock<64, 64> {
     const float from_parts = power_above(of_tile) * (1 / kToParts), to_parts = inverse_power(from_parts);
     FA_UNROLL
     for (float& value : x.value) value *= to_parts;
-    uint32_t high[kM / 16][4], low[kM / 16][4];
-    split_all(x, high, low);
+    uint32_t parts[2][kRows / 16][4];
+    split_all(x, parts[0], parts[1]);
     control.ds_free.wait(phase ^ 1);
     if (threadIdx.x == kComputing / 2) {
       control.largest_ds[phase ^ 1] = 0;
       control.ds_from_parts = from_parts;
     }
     const uint32_t to = shared_address(shared) + kDsAt;
-    store_rows(high, to, pair() * 16);
-    store_rows(low, to + DsParts::kLow, pair() * 16);
+    if constexpr (kWide) {
+      uint32_t side_by_side[kM / 16][4];
+      FA_UNROLL
+      for (int i = 0; i < kM / 16 * 4; ++i) side_by_side[i / 4][i % 4] = parts[i / 8][i / 4 % 2][i % 4];
+      store_rows(side_by_side, to, pair() * 16);
+    } else {
+      store_rows(parts[0], to, pair() * 16);
+      store_rows(parts[1], to + kDsLow, pair() * 16);
+    }
     fence_async_proxy();
     control.ds_full.arrive();
   }
 
-  // A warpgroup's half of dQ's columns.
-  FA_DEVICE void add_queries(int head, int query, uint32_t phase, const float (&sizes)[2]) {
+  static constexpr int kDsLow = kWide ? kRows * 2 : kN * 128;  // from high parts to low ones
+  // A warpgroup's half of dQ's columns, of a tile of the block of queries from `query` on.
+  FA_DEVICE void add_queries(int head, int query, int tile, uint32_t phase, const Sizes& sizes) {
     const int half = warpgroup();
-    const uint32_t ds = shared_address(shared) + kDsAt;
-    const uint32_t k = shared_address(shared) + (D == 64 ? half * 64 : half * Parts::kPanelBytes);
-    QueryGradient dq;
     control.ds_full.wait(phase);
-    wgmma_fence();
-    multiply_queries(dq, ds + DsParts::kLow, k, false);
-    multiply_queries(dq, ds, k + Parts::kLow, true);
-    multiply_queries(dq, ds, k, true);
-    wgmma_commit();
-    const float ds_from_parts = control.ds_from_parts;
-    wgmma_wait<0>();
-    hold(dq.value);
-    control.ds_free.arrive();
-    FA_UNROLL
-    for (int reg = 0; reg < QueryGradient::kRegs; ++reg) {
-      dq[reg] = dq[reg] * ds_from_parts * sizes[reg / 2 % 2];
-    }
+    const float from_parts = control.ds_from_parts;
     const int64_t block = place_of_queries<int64_t>(p, work.batch, head, seq.first_q, query, kM);
     int32_t* const turn = p.dq_turn + block;
-    if (p.deterministic) await_turn(turn, QueryWalk<kM, kN>::blocks_before(mask, work.key_begin, query), half);
-    Sm80::Block<kComputing / 32>::accumulate(dq, static_cast<float*>(p.dq_accum) + block * (kM * D));
-    if (p.deterministic) pass_turn(turn, half);
+    const auto await = [&] {
+      if (!p.deterministic || tile > 0) return;
+      await_turn(turn, QueryWalk<kM, kN>::blocks_before(mask, work.key_begin, query), half);
+    };
+    float* const to = static_cast<float*>(p.dq_accum) + block * (kM * D);
+    if constexpr (kWide) {
+      // Of three panels the warpgroups take turns with the middle one.
+      const bool has_second = D == 256 || half == tile;
+      float dq[kRows / 2];
+      multiply_queries(dq, half * 2);
+      if (!has_second) control.ds_free.arrive();
+      scale(dq, from_parts, sizes);
+      await();
+      add(dq, half * 2, tile, to);
+      if (has_second) {
+        multiply_queries(dq, D == 256 ? half * 2 + 1 : 1);
+        control.ds_free.arrive();
+        scale(dq, from_parts, sizes);
+        add(dq, D == 256 ? half * 2 + 1 : 1, tile, to);
+      }
+    } else {
+      QueryGradient dq;
+      multiply_queries(dq, half);
+      control.ds_free.arrive();
+      scale(dq.value, from_parts, sizes);
+      await();
+      Sm80::Block<kComputing / 32>::accumulate(dq, to);
+    }
+    if (p.deterministic && tile == kTiles - 1) pass_turn(turn, half);
   }
-  FA_DEVICE void multiply_queries(QueryGradient& dq, uint32_t ds, uint32_t k, bool adds) const {
-    const uint64_t a = descriptor(ds, 0), b = descriptor(k, Parts::kPanelBytes);
+  template <int REGS>
+  static FA_DEVICE void scale(float (&dq)[REGS], float from_parts, const Sizes& sizes) {
     FA_UNROLL
-    for (int step = 0; step < kN / 16; ++step) {
-      Wgmma<D / 2>::template shared<Half, true, true>(dq.value, advance(a, step * 16 * 128),
-                                                      advance(b, step * 16 * 128), adds || step > 0);
+    for (int reg = 0; reg < REGS; ++reg) dq[reg] = dq[reg] * from_parts * sizes.of(reg);
+  }
+  // The product of parts, small ones first; `multiply` takes where dS's and K's are.
+  template <class Multiply>
+  FA_DEVICE void multiply_parts(uint32_t k, Multiply&& multiply) const {
+    const uint32_t ds = shared_address(shared) + kDsAt;
+    wgmma_fence();
+    multiply(ds + kDsLow, k, false);
+    multiply(ds, k + Parts::kLow, true);
+    multiply(ds, k, true);
+    wgmma_commit();
+    wgmma_wait<0>();
+  }
+  FA_DEVICE void multiply_queries(QueryGradient& dq, int half) const {
+    const uint32_t columns = factor(D == 64 ? half * 64 : half * Parts::kPanelBytes);
+    multiply_parts(columns, [&](uint32_t ds, uint32_t k, bool adds) {
+      const uint64_t a = descriptor(ds, 0), b = descriptor(k, Parts::kPanelBytes);
+      FA_UNROLL
+      for (int step = 0; step < kN / 16; ++step) {
+        Wgmma<D / 2>::template shared<Half, true, true>(dq.value, advance(a, step * 16 * 128),
+                                                        advance(b, step * 16 * 128), adds || step > 0);
+      }
+    });
+    hold(dq.value);
+  }
+  // dQ^T, of a panel of columns.
+  FA_DEVICE void multiply_queries(float (&dq)[kRows / 2], int panel) const {
+    multiply_parts(factor(panel * Parts::kPanelBytes), [&](uint32_t ds, uint32_t k, bool adds) {
+      const uint64_t a = descriptor(k, 0), b = descriptor(ds, 0);
+      FA_UNROLL
+      for (int step = 0; step < kN / 16; ++step) {
+        Wgmma<kRows>::template shared<Half, true, true>(dq, advance(a, step * 16 * 128), advance(b, step * 16 * 128),
+                                                        adds || step > 0);
+      }
+    });
+    hold(dq);
+  }
+  // A panel of dQ^T to QueryGradient's fragments. Those are of pairs of columns, which neighbours hold: the lane of the
+  // even one gives its odd queries for the other's even ones.
+  FA_DEVICE void add(const float (&dq)[kRows / 2], int panel, int tile, float* to) const {
+    const int lane = int(threadIdx.x) % 32, odd = lane / 4 % 2;
+    FA_UNROLL
+    for (int n = 0; n < kRows / 8; n += 2) {  // eight queries and the eight after
+      FA_UNROLL
+      for (int below = 0; below < 2; ++below) {  // a lane's column, and the eighth after it
+        const float *first = dq + 4 * n + 2 * below, *second = first + 4;
+        const float kept[2] = {odd ? first[1] : first[0], odd ? second[1] : second[0]};
+        const float got[2] = {__shfl_xor_sync(0xffffffffu, odd ? first[0] : first[1], 4),
+                              __shfl_xor_sync(0xffffffffu, odd ? second[0] : second[1], 4)};
+        const float x[4] = {odd ? got[0] : kept[0], odd ? kept[0] : got[0], odd ? got[1] : kept[1],
+                            odd ? kept[1] : got[1]};
+        const int col = panel * 64 + int(threadIdx.x) % 128 / 32 * 16 + below * 8;  // of eight
+        const int warp = tile * (kRows / 16) + n / 2 + col / (D / 2) * 4, reg = col % (D / 2) / 8 * 4;
+        const int thread = warp * 32 + (lane % 4 * 2 + odd) * 4 + lane / 8;
+        sm80::reduce_add(to + reg * kComputing + thread * 4, x);
+      }
     }
   }
 
