@@ -34,7 +34,7 @@ def test_softcap_of_any_size(device, dtype, dim, softcap):
     check(*rising_scores(device, dtype, dim, grad=True), causal=True, softcap=softcap)
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("factor", [1.0, 1e-8, 1e8])
 def test_float32_rows_of_any_size(device, dim, factor):
     """Hopper's kernels scale rows and tiles by powers of two."""
@@ -75,7 +75,9 @@ def test_float32_rows_of_any_size(device, dim, factor):
     [
         ("float32", 32),
         ("float32", 64),
+        ("float32", 96),
         ("float32", 128),
+        ("float32", 256),
         ("bfloat16", 64),
         ("float16", 96),
         ("float16", 128),

@@ -47,7 +47,7 @@ def test_packed(device):
     assert_gradients_accurate(gradients(lse, (q, k, v), dlse), rough, wanted, (q, k, v), dlse)
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, 96, 128, 256])
 def test_rows_whose_output_does_not_count(device, dtype, dim):
     """Their dout is 0, and says nothing about how large their dS is."""
     q, k, v = random_qkv(device, dtype, seqlen_q=100, seqlen_k=140, dim=dim, grad=True)

@@ -200,7 +200,7 @@ int main(int, char** arguments) {
     case 64:
       return !(fp32 ? check_fp32<64>(seed) : check_all<sm90::Backward, 64>(seed));
     case 96:
-      return !check_all<sm90::Backward, 96>(seed);
+      return !(fp32 ? check_fp32<96>(seed) : check_all<sm90::Backward, 96>(seed));
     case 128:
       return !(fp32 ? check_fp32<128>(seed) : check_all<sm90::Backward, 128>(seed));
     case 192:

@@ -43,7 +43,7 @@ def run(program: Path, *arguments: object, problems: int) -> None:
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize(
     "kind, dim",
-    [("16-bit", dim) for dim in (64, 96, 128, 192, 256)] + [("fp32", dim) for dim in (64, 128, 192, 256)],
+    [(kind, dim) for kind in ("16-bit", "fp32") for dim in (64, 96, 128, 192, 256)],
 )
 def test_backward_is_that_of_the_definition(programs, kind, dim, seed):
     run(programs / "backward", kind, dim, seed, problems=14)

@@ -29,7 +29,7 @@ constexpr bool kCoversBackward = sizeof(T) == 2 && BackwardTuning<D, Modifiers::
 template <class T, int D>
 constexpr bool kCoversWideBackward = sizeof(T) == 2 && (D == 192 || D == 256);
 template <class T, int D>
-constexpr bool kCoversFp32Backward = std::is_same_v<T, float> && D >= 64 && D != 96;
+constexpr bool kCoversFp32Backward = std::is_same_v<T, float> && D >= 64;
 
 }  // namespace sm90
 

@@ -5,7 +5,8 @@
 // factor is scaled to fp16's range anew in each step: rows for dK, a tile for dQ.
 //
 // Wide heads leave room for tiles of 32 queries, two a step. wgmma multiplies 64 rows at least, so dQ is worked out
-// transposed, dQ^T = K^T dS^T, and lanes exchange halves of it on the way to device memory.
+// transposed, dQ^T = K^T dS^T, and lanes exchange halves of it on the way to device memory; so too at 96, where half of
+// the columns are no multiple of a panel's.
 #pragma once
 
 #include "../sm80/arch.cuh"
@@ -30,8 +31,10 @@ struct Fp32Backward : KeyBlock<64, 64> {
 
   static constexpr bool kWide = D > 128;
   static constexpr int kRows = kWide ? 32 : 64, kTiles = kM / kRows;  // queries of a tile; tiles of a step
+  static constexpr bool kTransposes = kWide || D == 96;  // dQ
   using Parts = PartsTile<D>;  // of K or V
   using QueryParts = PartsTile<D, kRows>;  // of dO or Q
+  static constexpr int kChain = kWide ? 128 : D;  // columns of a score that tensor cores add up, with truncation
   static constexpr int kDsBytes = kN * 128 * (kWide ? 1 : 2);  // of dS^T: wide, low parts behind a row's high ones
   using Scores = sm80::Accumulator<float, kN, kRows, 4, 4>;  // [keys, queries], of a warpgroup
   using KeyGradient = sm80::Accumulator<float, kN, D, 4, 4>;
@@ -41,7 +44,7 @@ struct Fp32Backward : KeyBlock<64, 64> {
   static constexpr int kBatch = kWide ? 2 : 8;  // rows that a loading warp has at once
   using Batch = WarpRows<D, kBatch>;
 
-  static constexpr int kSlots = D == 64 || D == 192 ? 4 : D == 128 ? 3 : 2;  // of a ring of dO's and Q's tiles in turn
+  static constexpr int kSlots = D == 64 || D == 192 ? 4 : D == 256 ? 2 : 3;  // of a ring of dO's and Q's tiles in turn
   static constexpr int kColumns = kRows / 4;  // of a lane: queries
   struct Control {
     Barrier keys_full[2], full[kSlots], free[kSlots], copied[kLoaders];
@@ -230,8 +233,8 @@ struct Fp32Backward : KeyBlock<64, 64> {
 
   // Powers of two of the rows of dQ, or of dQ^T's columns.
   struct Sizes {
-    float value[kWide ? kColumns : 2];
-    FA_DEVICE float of(int reg) const { return value[kWide ? reg / 4 * 2 + reg % 2 : reg / 2 % 2]; }
+    float value[kTransposes ? kColumns : 2];
+    FA_DEVICE float of(int reg) const { return value[kTransposes ? reg / 4 * 2 + reg % 2 : reg / 2 % 2]; }
   };
   // Where a warpgroup is: its places of dO and of Q.
   struct State {
@@ -295,7 +298,7 @@ struct Fp32Backward : KeyBlock<64, 64> {
                               Sizes& sizes, KeyGradient& dv) {
     Scores x;
     control.full[state.query.at].wait(state.query.phase);
-    QueryParts::multiply_rows(x.value, factor(0), shared_address(slot_tile(state.query)), [] {});
+    QueryParts::template multiply_rows<kChain>(x.value, factor(0), shared_address(slot_tile(state.query)), [] {});
     float columns[kColumns];
     read_columns(control.from_parts[state.query.at], columns);
     scale_scores(x, columns, k_from_parts);
@@ -317,7 +320,7 @@ struct Fp32Backward : KeyBlock<64, 64> {
                                int v_exponent, const State& state, Sizes& sizes, KeyGradient& dk) {
     Scores x;
     control.full[state.dout.at].wait(state.dout.phase);
-    QueryParts::multiply_rows(x.value, factor(kVAt), shared_address(slot_tile(state.dout)), [] {});
+    QueryParts::template multiply_rows<kChain>(x.value, factor(kVAt), shared_address(slot_tile(state.dout)), [] {});
     float columns[kColumns];
     read_columns(control.from_parts[state.dout.at], columns);
     read_sizes(state.dout, v_exponent, sizes);
@@ -388,7 +391,7 @@ struct Fp32Backward : KeyBlock<64, 64> {
     return power_of(max_int(of_products, int(float_to_bits(absolute(delta)) >> 23) + 1));
   }
   FA_DEVICE void read_sizes(const Place& dout, int v_exponent, Sizes& sizes) const {
-    if constexpr (kWide) {
+    if constexpr (kTransposes) {
       float from_parts[kColumns], negated_delta[kColumns];
       read_columns(control.from_parts[dout.at], from_parts);
       read_columns(control.of_query[dout.at], negated_delta);
@@ -503,20 +506,21 @@ struct Fp32Backward : KeyBlock<64, 64> {
       await_turn(turn, QueryWalk<kM, kN>::blocks_before(mask, work.key_begin, query), half);
     };
     float* const to = static_cast<float*>(p.dq_accum) + block * (kM * D);
-    if constexpr (kWide) {
+    if constexpr (kTransposes) {
       // Of three panels the warpgroups take turns with the middle one.
-      const bool has_second = D == 256 || half == tile;
+      const bool has_second = D == 256 || (D == 192 && half == tile);
+      const int first = D == 96 ? half : half * 2, second = D == 256 ? first + 1 : 1;
       float dq[kRows / 2];
-      multiply_queries(dq, half * 2);
+      multiply_queries(dq, first);
       if (!has_second) control.ds_free.arrive();
       scale(dq, from_parts, sizes);
       await();
-      add(dq, half * 2, tile, to);
+      add(dq, first, tile, to);
       if (has_second) {
-        multiply_queries(dq, D == 256 ? half * 2 + 1 : 1);
+        multiply_queries(dq, second);
         control.ds_free.arrive();
         scale(dq, from_parts, sizes);
-        add(dq, D == 256 ? half * 2 + 1 : 1, tile, to);
+        add(dq, second, tile, to);
       }
     } else {
       QueryGradient dq;
@@ -572,6 +576,8 @@ struct Fp32Backward : KeyBlock<64, 64> {
   // even one gives its odd queries for the other's even ones.
   FA_DEVICE void add(const float (&dq)[kRows / 2], int panel, int tile, float* to) const {
     const int lane = int(threadIdx.x) % 32, odd = lane / 4 % 2;
+    const int first_col = panel * 64 + int(threadIdx.x) % 128 / 32 * 16;
+    if (D % 64 != 0 && first_col >= D) return;
     FA_UNROLL
     for (int n = 0; n < kRows / 8; n += 2) {  // eight queries and the eight after
       FA_UNROLL
@@ -582,7 +588,7 @@ struct Fp32Backward : KeyBlock<64, 64> {
                               __shfl_xor_sync(0xffffffffu, odd ? second[0] : second[1], 4)};
         const float x[4] = {odd ? got[0] : kept[0], odd ? kept[0] : got[0], odd ? got[1] : kept[1],
                             odd ? kept[1] : got[1]};
-        const int col = panel * 64 + int(threadIdx.x) % 128 / 32 * 16 + below * 8;  // of eight
+        const int col = first_col + below * 8;  // of eight
         const int warp = tile * (kRows / 16) + n / 2 + col / (D / 2) * 4, reg = col % (D / 2) / 8 * 4;
         const int thread = warp * 32 + (lane % 4 * 2 + odd) * 4 + lane / 8;
         sm80::reduce_add(to + reg * kComputing + thread * 4, x);

@@ -158,20 +158,16 @@ struct PartsTile {
     }
   }
 
-  // x = a b^T, a of 64 rows, b a tile. `meanwhile` is called while they are multiplied.
-  template <class Meanwhile>
+  // x = a b^T, a of 64 rows, b a tile, COLS columns at a time, whose sums are added with rounding to nearest.
+  // `meanwhile` is called while they are multiplied.
+  template <int COLS = D, class Meanwhile>
   static FA_DEVICE void multiply_rows(float (&x)[kRows / 2], uint32_t a, uint32_t b, Meanwhile&& meanwhile) {
-    using Left = PartsTile<D>;
-    float high[kRows], low[kRows / 2];  // a's high parts by both of b's, side by side; a's low ones by b's high ones
-    wgmma_fence();
-    multiply_panels<Half, 2 * kRows, D>(high, a, Left::kPanelBytes, b, kPanelBytes);
-    multiply_panels<Half, kRows, D>(low, a + Left::kLow, Left::kPanelBytes, b, kPanelBytes);
-    meanwhile();
-    wgmma_wait<0>();
-    hold(high);
-    hold(low);
-    FA_UNROLL
-    for (int reg = 0; reg < kRows / 2; ++reg) x[reg] = high[reg] + (high[kRows / 2 + reg] + low[reg]);
+    multiply_columns<COLS, false>(x, a, b, meanwhile);
+    if constexpr (COLS < D) {
+      static_assert(COLS % 64 == 0 && D <= 2 * COLS);
+      constexpr int kPanel = COLS / 64;
+      multiply_columns<D - COLS, true>(x, a + kPanel * PartsTile<D>::kPanelBytes, b + kPanel * kPanelBytes, [] {});
+    }
   }
   // x = a b, COLS columns of a tile from the panel at b on.
   template <int COLS>
@@ -182,6 +178,25 @@ struct PartsTile {
     multiply_registers<Half, COLS, kRows>(x, a_high, b, kPanelBytes);
     wgmma_wait<0>();
     hold(x);
+  }
+
+ private:
+  template <int COLS, bool ADDS, class Meanwhile>
+  static FA_DEVICE void multiply_columns(float (&x)[kRows / 2], uint32_t a, uint32_t b, Meanwhile&& meanwhile) {
+    using Left = PartsTile<D>;
+    float high[kRows], low[kRows / 2];  // a's high parts by both of b's, side by side; a's low ones by b's high ones
+    wgmma_fence();
+    multiply_panels<Half, 2 * kRows, COLS>(high, a, Left::kPanelBytes, b, kPanelBytes);
+    multiply_panels<Half, kRows, COLS>(low, a + Left::kLow, Left::kPanelBytes, b, kPanelBytes);
+    meanwhile();
+    wgmma_wait<0>();
+    hold(high);
+    hold(low);
+    FA_UNROLL
+    for (int reg = 0; reg < kRows / 2; ++reg) {
+      const float sum = high[reg] + (high[kRows / 2 + reg] + low[reg]);
+      x[reg] = ADDS ? x[reg] + sum : sum;
+    }
   }
 };
 
