@@ -35,7 +35,7 @@ def programs(tmp_path_factory) -> Path:
 
 def run(program: Path, *arguments: object, problems: int) -> None:
     command = [program, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
     assert done.stdout.count("good") == problems
 
