@@ -130,8 +130,8 @@ const KernelInfo& forward_kernel(const ForwardParams& p, const Queue& queue) {
   };
   const bool modified = p.s_dmask != nullptr || is_modified(p, find_forward);
   const KernelInfo &any = find_forward(modified), &kernel = p.s_dmask == nullptr ? or_scored(any, p, queue) : any;
-  // Then for calls of one chunk, too, whose rows have the bits that they have among more keys.
-  if (p.split_size > 0 && kernel.stash_bytes == KernelInfo::kNoStash) return find_forward(true);
+  // Then for calls of one chunk, too, whose rows have the bits that they have among more keys; not for the heuristic's.
+  if (p.split_size > 0 && p.deterministic && kernel.stash_bytes == KernelInfo::kNoStash) return find_forward(true);
   if (!may_fold(p) || stash_fits(kernel, queue)) return kernel;
   const KernelInfo& other = find_forward(true);  // the same bits
   return stash_fits(other, queue) ? other : kernel;
@@ -264,6 +264,7 @@ Workspace plan_forward(ForwardParams& p, const Queue& queue) {
   check_rows(p);
   if (p.softcap > 0) p.softcap_series = softcap_series(p.softmax_scale, p.softcap);
   p.num_splits = 1;
+  p.deterministic = p.deterministic || p.split_size > 0;
   const KernelInfo& kernel = forward_kernel(p, queue);
   if (p.split_size < 0 || p.split_size % kernel.block_n != 0) {
     throw std::invalid_argument("split_size must be a multiple of the key block " + std::to_string(kernel.block_n) +

@@ -31,6 +31,12 @@ constexpr bool kCoversWideBackward = sizeof(T) == 2 && (D == 192 || D == 256);
 template <class T, int D>
 constexpr bool kCoversFp32Backward = std::is_same_v<T, float> && D >= 64;
 
+// Its dQ lies in device memory as FinishDq takes it, whichever loops added to it.
+template <int D, class Own = Fp32Backward<D>, class Row = Tuning<Kernel::kBackward, float, D, false>>
+constexpr bool kAddsAsSm80 = std::is_same_v<typename Own::QueryGradient,
+                                            sm80::Accumulator<float, Row::kBlockM, D, Row::kWarpsQ, Row::kWarps>>;
+static_assert(kAddsAsSm80<64> && kAddsAsSm80<96> && kAddsAsSm80<128> && kAddsAsSm80<192> && kAddsAsSm80<256>);
+
 }  // namespace sm90
 
 struct Sm90 : sm90::Mma {};

@@ -34,6 +34,7 @@ struct Fp32Forward {
   using Share = KeyShare<kM, kN>;
   using Parts = PartsTile<D, kN>;  // of K or V
   using QueryParts = PartsTile<D>;  // of a warpgroup
+  static constexpr int kChain = D > 128 ? 128 : D;  // columns of a score that tensor cores add up, with truncation
   static constexpr int kShare = kN / kLoaders, kBatch = D > 128 ? 2 : kShare;  // rows of a warp that loads; at once
   using Batch = WarpRows<D, kBatch>;
   using Scores = sm80::Accumulator<float, kM, kN, kWarps, kWarps>;
@@ -313,8 +314,9 @@ struct Fp32Forward {
       float from_parts[kN / 4];
       uint32_t q = shared_address(queries());
       if constexpr (D == 256) q = uint32_t(unhoisted(int(q)));  // lest all descriptors be kept across the loop
-      Parts::multiply_rows(scores.value, q, shared_address(block.slot_tile(place)),
-                           [&] { read_columns(block.control.from_parts[place.at], from_parts); });
+      Parts::template multiply_rows<kChain>(
+          scores.value, q, shared_address(block.slot_tile(place)),
+          [&] { read_columns(block.control.from_parts[place.at], from_parts); });
       release();
       FA_UNROLL
       for (int reg = 0; reg < Scores::kRegs; ++reg) scores[reg] *= from_parts[reg / 4 * 2 + reg % 2];
