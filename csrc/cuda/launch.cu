@@ -264,7 +264,7 @@ Workspace plan_forward(ForwardParams& p, const Queue& queue) {
   check_rows(p);
   if (p.softcap > 0) p.softcap_series = softcap_series(p.softmax_scale, p.softcap);
   p.num_splits = 1;
-  p.deterministic = p.deterministic || p.split_size > 0;
+  p.deterministic = p.deterministic || p.split_size > 0;  // so that chunks asked for are not taken for the heuristic's
   const KernelInfo& kernel = forward_kernel(p, queue);
   if (p.split_size < 0 || p.split_size % kernel.block_n != 0) {
     throw std::invalid_argument("split_size must be a multiple of the key block " + std::to_string(kernel.block_n) +

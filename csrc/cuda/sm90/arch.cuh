@@ -23,15 +23,13 @@ struct Mma : Sm80 {
 template <class T, int D>
 constexpr bool kCoversForward = sizeof(T) == 2 && ForwardTuning<D>::kCovered;
 template <class T, int D>
-constexpr bool kCoversFp32Forward = std::is_same_v<T, float> && D >= 64;
-template <class T, int D>
 constexpr bool kCoversBackward = sizeof(T) == 2 && BackwardTuning<D, Modifiers::kNone>::kCovered;
 template <class T, int D>
 constexpr bool kCoversWideBackward = sizeof(T) == 2 && (D == 192 || D == 256);
 template <class T, int D>
-constexpr bool kCoversFp32Backward = std::is_same_v<T, float> && D >= 64;
+constexpr bool kCoversFp32 = std::is_same_v<T, float> && D >= 64;
 
-// Its dQ lies in device memory as FinishDq takes it, whichever loops added to it.
+// The backward's dQ lies in device memory as FinishDq takes it, whichever loops added to it.
 template <int D, class Own = Fp32Backward<D>, class Row = Tuning<Kernel::kBackward, float, D, false>>
 constexpr bool kAddsAsSm80 = std::is_same_v<typename Own::QueryGradient,
                                             sm80::Accumulator<float, Row::kBlockM, D, Row::kWarpsQ, Row::kWarps>>;
@@ -44,14 +42,14 @@ struct Sm90 : sm90::Mma {};
 template <class T, int D>
 struct Forward<Sm90, Problem<T, D, false>>
     : std::conditional_t<sm90::kCoversForward<T, D>, sm90::Forward<T, D, Modifiers::kNone>,
-                         std::conditional_t<sm90::kCoversFp32Forward<T, D>, sm90::Fp32Forward<D>,
+                         std::conditional_t<sm90::kCoversFp32<T, D>, sm90::Fp32Forward<D>,
                                             Forward<sm90::Mma, Problem<T, D, false>>>> {};
 
 template <class T, int D>
 struct Backward<Sm90, Problem<T, D, false>>
     : std::conditional_t<sm90::kCoversBackward<T, D>, sm90::Backward<T, D, Modifiers::kNone>,
                          std::conditional_t<sm90::kCoversWideBackward<T, D>, sm90::WideBackward<T, D, Modifiers::kNone>,
-                                            std::conditional_t<sm90::kCoversFp32Backward<T, D>, sm90::Fp32Backward<D>,
+                                            std::conditional_t<sm90::kCoversFp32<T, D>, sm90::Fp32Backward<D>,
                                                                Backward<sm90::Mma, Problem<T, D, false>>>>> {};
 
 // Hopper's own 16-bit backward needs none.

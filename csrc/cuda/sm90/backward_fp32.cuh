@@ -34,8 +34,8 @@ struct Fp32Backward : KeyBlock<64, 64> {
   static constexpr bool kTransposes = kWide || D == 96;  // dQ
   using Parts = PartsTile<D>;  // of K or V
   using QueryParts = PartsTile<D, kRows>;  // of dO or Q
-  static constexpr int kChain = kWide ? 128 : D;  // columns of a score that tensor cores add up, with truncation
   static constexpr int kDsBytes = kN * 128 * (kWide ? 1 : 2);  // of dS^T: wide, low parts behind a row's high ones
+  static constexpr int kDsLow = kWide ? kRows * 2 : kN * 128;  // from high parts to low ones
   using Scores = sm80::Accumulator<float, kN, kRows, 4, 4>;  // [keys, queries], of a warpgroup
   using KeyGradient = sm80::Accumulator<float, kN, D, 4, 4>;
   using QueryGradient = sm80::Accumulator<float, kM, D, 4, 8>;  // of both warpgroups
@@ -298,7 +298,7 @@ struct Fp32Backward : KeyBlock<64, 64> {
                               Sizes& sizes, KeyGradient& dv) {
     Scores x;
     control.full[state.query.at].wait(state.query.phase);
-    QueryParts::template multiply_rows<kChain>(x.value, factor(0), shared_address(slot_tile(state.query)), [] {});
+    QueryParts::multiply_rows(x.value, factor(0), shared_address(slot_tile(state.query)), [] {});
     float columns[kColumns];
     read_columns(control.from_parts[state.query.at], columns);
     scale_scores(x, columns, k_from_parts);
@@ -320,7 +320,7 @@ struct Fp32Backward : KeyBlock<64, 64> {
                                int v_exponent, const State& state, Sizes& sizes, KeyGradient& dk) {
     Scores x;
     control.full[state.dout.at].wait(state.dout.phase);
-    QueryParts::template multiply_rows<kChain>(x.value, factor(kVAt), shared_address(slot_tile(state.dout)), [] {});
+    QueryParts::multiply_rows(x.value, factor(kVAt), shared_address(slot_tile(state.dout)), [] {});
     float columns[kColumns];
     read_columns(control.from_parts[state.dout.at], columns);
     read_sizes(state.dout, v_exponent, sizes);
@@ -360,18 +360,9 @@ struct Fp32Backward : KeyBlock<64, 64> {
     scale_rows(x, columns, from_parts);
     uint32_t high[kRows / 16][4], low[kRows / 16][4];
     split_all(x, high, low);
-    constexpr int kCols = kWide ? 64 : D;  // at once, for want of registers
-    FA_UNROLL
-    for (int col = 0; col < D; col += kCols) {
-      float product[kCols / 2];
-      QueryParts::template multiply<kCols>(product, high, low,
-                                           shared_address(slot_tile(place)) + col / 64 * QueryParts::kPanelBytes);
-      if (col + kCols == D) control.free[place.at].arrive();
-      FA_UNROLL
-      for (int reg = 0; reg < kCols / 2; ++reg) {
-        sum[col / 2 + reg] = fma_rn(product[reg], from_parts[reg / 2 % 2], sum[col / 2 + reg]);
-      }
-    }
+    QueryParts::multiply(
+        high, low, shared_address(slot_tile(place)), [&] { control.free[place.at].arrive(); },
+        [&](int reg, float product) { sum[reg] = fma_rn(product, from_parts[reg / 2 % 2], sum[reg]); });
   }
   static FA_DEVICE void split_all(const Scores& x, uint32_t (&high)[kRows / 16][4], uint32_t (&low)[kRows / 16][4]) {
     FA_UNROLL
@@ -493,7 +484,6 @@ struct Fp32Backward : KeyBlock<64, 64> {
     control.ds_full.arrive();
   }
 
-  static constexpr int kDsLow = kWide ? kRows * 2 : kN * 128;  // from high parts to low ones
   // A warpgroup's half of dQ's columns, of a tile of the block of queries from `query` on.
   FA_DEVICE void add_queries(int head, int query, int tile, uint32_t phase, const Sizes& sizes) {
     const int half = warpgroup();

@@ -23,7 +23,8 @@ template <int D>
 struct Fp32Forward {
   using T = float;
   using Params = ForwardParams;
-  static constexpr int kM = 128, kN = D > 128 ? 32 : 64, kBlockM = kM, kBlockN = kN;
+  static constexpr bool kWide = D > 128;
+  static constexpr int kM = 128, kN = kWide ? 32 : 64, kBlockM = kM, kBlockN = kN;
   static constexpr int kGroups = 2, kWarps = 4 * kGroups, kLoaders = 8;  // warps that compute, and that load
   static constexpr int kThreads = (kWarps + kLoaders) * 32;
   static constexpr int kLoaderRegisters = D == 192 ? 64 : 56, kConsumerRegisters = 256 - kLoaderRegisters;
@@ -34,8 +35,7 @@ struct Fp32Forward {
   using Share = KeyShare<kM, kN>;
   using Parts = PartsTile<D, kN>;  // of K or V
   using QueryParts = PartsTile<D>;  // of a warpgroup
-  static constexpr int kChain = D > 128 ? 128 : D;  // columns of a score that tensor cores add up, with truncation
-  static constexpr int kShare = kN / kLoaders, kBatch = D > 128 ? 2 : kShare;  // rows of a warp that loads; at once
+  static constexpr int kShare = kN / kLoaders, kBatch = kWide ? 2 : kShare;  // rows of a warp that loads; at once
   using Batch = WarpRows<D, kBatch>;
   using Scores = sm80::Accumulator<float, kM, kN, kWarps, kWarps>;
   using Output = sm80::Accumulator<float, kM, D, kWarps, kWarps>;
@@ -60,7 +60,7 @@ struct Fp32Forward {
   static constexpr int kRawAt = kQBytes + kControlBytes, kSharedBytes = kRawAt + kRing.bytes();
   static constexpr int kFoldAt = kRawAt + kFoldRing.bytes();
   // Where there is none, sm80's loops have all calls with a split_size: no other instance has these bits.
-  static constexpr bool kFolds = D <= 128;
+  static constexpr bool kFolds = !kWide;
   static constexpr int kStashBytes = kFolds ? kFoldAt + (kM * D + 2 * kM) * 4 - kSharedBytes : KernelInfo::kNoStash;
   static_assert(kSharedBytes + (kFolds ? kStashBytes : 0) <= 227 * 1024);
 
@@ -296,16 +296,9 @@ struct Fp32Forward {
         split(scores[2 * i] * of_column[0] * scale, scores[2 * i + 1] * of_column[1] * scale, high[i / 4][i % 4],
               low[i / 4][i % 4]);
       }
-      constexpr int kCols = D > 128 ? 64 : D;  // at once, for want of registers
-      FA_UNROLL
-      for (int col = 0; col < D; col += kCols) {
-        float sum[kCols / 2];  // rounded to nearest when it is added to those before
-        Parts::template multiply<kCols>(sum, high, low,
-                                        shared_address(block.slot_tile(place)) + col / 64 * Parts::kPanelBytes);
-        if (col + kCols == D) release();
-        FA_UNROLL
-        for (int reg = 0; reg < kCols / 2; ++reg) output[col / 2 + reg] += sum[reg];
-      }
+      Parts::multiply(
+          high, low, shared_address(block.slot_tile(place)), [&] { release(); },
+          [&](int reg, float sum) { output[reg] += sum; });  // with rounding to nearest
     }
 
     // scores = Q K^T, of Q's parts
@@ -314,7 +307,7 @@ struct Fp32Forward {
       float from_parts[kN / 4];
       uint32_t q = shared_address(queries());
       if constexpr (D == 256) q = uint32_t(unhoisted(int(q)));  // lest all descriptors be kept across the loop
-      Parts::template multiply_rows<kChain>(
+      Parts::multiply_rows(
           scores.value, q, shared_address(block.slot_tile(place)),
           [&] { read_columns(block.control.from_parts[place.at], from_parts); });
       release();

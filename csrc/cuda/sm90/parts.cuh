@@ -158,26 +158,35 @@ struct PartsTile {
     }
   }
 
-  // x = a b^T, a of 64 rows, b a tile, COLS columns at a time, whose sums are added with rounding to nearest.
-  // `meanwhile` is called while they are multiplied.
-  template <int COLS = D, class Meanwhile>
+  // x = a b^T, a of 64 rows, b a tile. `meanwhile` is called while they are multiplied. Tensor cores add with
+  // truncation: of wide rows 128 columns at a time, whose sums are added with rounding to nearest.
+  template <class Meanwhile>
   static FA_DEVICE void multiply_rows(float (&x)[kRows / 2], uint32_t a, uint32_t b, Meanwhile&& meanwhile) {
-    multiply_columns<COLS, false>(x, a, b, meanwhile);
-    if constexpr (COLS < D) {
-      static_assert(COLS % 64 == 0 && D <= 2 * COLS);
-      constexpr int kPanel = COLS / 64;
-      multiply_columns<D - COLS, true>(x, a + kPanel * PartsTile<D>::kPanelBytes, b + kPanel * kPanelBytes, [] {});
+    constexpr int kChain = D > 128 ? 128 : D, kPanel = kChain / 64;
+    multiply_columns<kChain, false>(x, a, b, meanwhile);
+    if constexpr (kChain < D) {
+      multiply_columns<D - kChain, true>(x, a + kPanel * PartsTile<D>::kPanelBytes, b + kPanel * kPanelBytes, [] {});
     }
   }
-  // x = a b, COLS columns of a tile from the panel at b on.
-  template <int COLS>
-  static FA_DEVICE void multiply(float (&x)[COLS / 2], uint32_t (&a_high)[kRows / 16][4],
-                                 uint32_t (&a_low)[kRows / 16][4], uint32_t b) {
-    multiply_registers<Half, COLS, kRows>(x, a_low, b, kPanelBytes, false);
-    multiply_registers<Half, COLS, kRows>(x, a_high, b + kLow, kPanelBytes);
-    multiply_registers<Half, COLS, kRows>(x, a_high, b, kPanelBytes);
-    wgmma_wait<0>();
-    hold(x);
+  // add(reg, x) for every register of x = a b, b a tile: of wide ones 64 columns at a time, for want of registers.
+  // `done` is called when the tile has been read.
+  template <class Done, class Add>
+  static FA_DEVICE void multiply(uint32_t (&a_high)[kRows / 16][4], uint32_t (&a_low)[kRows / 16][4], uint32_t b,
+                                 Done&& done, Add&& add) {
+    constexpr int kCols = D > 128 ? 64 : D;
+    FA_UNROLL
+    for (int col = 0; col < D; col += kCols) {
+      const uint32_t panel = b + col / 64 * kPanelBytes;
+      float x[kCols / 2];
+      multiply_registers<Half, kCols, kRows>(x, a_low, panel, kPanelBytes, false);
+      multiply_registers<Half, kCols, kRows>(x, a_high, panel + kLow, kPanelBytes);
+      multiply_registers<Half, kCols, kRows>(x, a_high, panel, kPanelBytes);
+      wgmma_wait<0>();
+      hold(x);
+      if (col + kCols == D) done();
+      FA_UNROLL
+      for (int reg = 0; reg < kCols / 2; ++reg) add(col / 2 + reg, x[reg]);
+    }
   }
 
  private:
