@@ -33,13 +33,13 @@ struct RowsRef {
   int64_t head_stride;
 };
 
-// How attention/softcap.cuh caps raw scores where tanh is a polynomial.
+// How attention/softcap.cuh caps raw scores where tanh is a polynomial; results in log2 units.
 struct SoftcapSeries {
-  float coefficients[4];  // of the raw score's even powers
-  float end;              // larger raw scores, in magnitude, take exponentials instead
-  float exponent;         // from raw scores to 2 log2(e) times tanh's argument
-  float exponent_end;     // end * exponent, in magnitude
-  float twice_cap;        // of raw scores
+  float terms[3];          // of the raw score's even powers, which make its factor
+  float end;               // larger raw scores, in magnitude, take exponentials instead
+  float exponent;          // from raw scores to 2 log2(e) times tanh's argument
+  float exponent_end;      // end * exponent, in magnitude
+  float cap, inverse_cap;
 };
 
 // What the forward and the backward share.

@@ -7,9 +7,9 @@
 
 namespace flash_attn {
 
-// Unmodified, the softmax scales by softmax_scale * log2(e), in the exponent's fma; so too after a softcap by series.
-// Else scores leave apply() scaled, softcapped, biased, in log2 units. An instance that could modify, and is not asked
-// to, computes what the plain one does.
+// Unmodified, the softmax scales by softmax_scale * log2(e), in the exponent's fma. In the forward a softcap by series
+// may be left to it, too. Else scores leave apply() scaled, softcapped, biased, in log2 units. An instance that could
+// modify, and is not asked to, computes what the plain one does.
 template <class T, Modifiers MODIFIERS>
 class ScoreModifier {
  public:
@@ -20,29 +20,57 @@ class ScoreModifier {
     if (biases(p)) slope_ = p.alibi_slopes[batch * p.alibi_batch_stride + head];
   }
 
-  // The factor left for the softmax.
-  FA_DEVICE Scalar scale_log2() const {
-    return leaves_scale(reread(p_)) ? uniform(scale_ * Scalar(kLog2E)) : Scalar(1);
-  }
-
-  // Raw scores, element (0, 0) that of (query, key), to log2 units. One branch for a whole tile, not for each element.
+  // The forward's: raw scores, element (0, 0) that of (query, key), to such as with_scale() gives the scale of. One
+  // branch for a whole tile, not for each element. Returns what with_scale() asks for.
   template <class Scores>
-  FA_DEVICE void apply(Scores& scores, int query, int key) const {
+  FA_DEVICE bool apply(Scores& scores, int query, int key) const {
+    if constexpr (kSeries && MODIFIERS != Modifiers::kNone) {
+      const AttentionParams& p = reread(p_);
+      if (leaves_softcap(p)) return Softcap(p).any_far(scores);
+    }
     apply(scores, query, key, [](int, Scalar) {});
+    return false;
   }
+  // f(scale), as OnlineSoftmax takes it, of these scores and hidden ones, -inf.
+  template <class F>
+  FA_DEVICE void with_scale(bool far, F&& f) const {
+    if constexpr (kSeries && MODIFIERS != Modifiers::kNone) {
+      const AttentionParams& p = reread(p_);
+      if (leaves_softcap(p)) return Softcap(p).with_scale<true>(far, f);
+    }
+    f(scale_log2());
+  }
+  // The scale of single ones of them, near or far.
+  FA_DEVICE auto scale_of_any() const {
+    if constexpr (kSeries && MODIFIERS != Modifiers::kNone) {
+      return ScaleOfAny{*this};
+    } else {
+      return scale_log2();
+    }
+  }
+  struct ScaleOfAny {
+    const ScoreModifier& modifier;
+    FA_DEVICE Scalar log2_of(Scalar score) const {
+      const AttentionParams& p = reread(modifier.p_);
+      return modifier.leaves_softcap(p) ? Softcap(p).any<true>().log2_of(score) : score * modifier.scale_log2();
+    }
+  };
 
-  // Also calls differentiate(reg, derivative of the softcap), where there is one.
+  // The backward's: also calls differentiate(reg, derivative of the softcap), where there is one, and leaves nothing
+  // but scale_log2() to multiply by.
   template <class Scores, class F>
   FA_DEVICE void apply(Scores& scores, int query, int key, F&& differentiate) const {
     if (!active()) return;
     const AttentionParams& p = reread(p_);
-    if (caps(p)) {
-      cap(scores, p.softcap, differentiate);
-      if (kSeries && leaves_scale(p)) return;
-    }
-    if (kSeries || !caps(p)) Scores::for_each([&](int, int, int, int reg) { scores[reg] *= scale_; });
-    if (biases(p)) bias(scores, query, key);
-    Scores::for_each([&](int, int, int, int reg) { scores[reg] *= Scalar(kLog2E); });
+    if (caps(p)) cap(scores, p.softcap, differentiate);
+    // Where a series caps, in log2 units from here on; else at last, which costs AMD fewer scalar registers.
+    const Scalar unit = kSeries ? Scalar(kLog2E) : Scalar(1);
+    if (!caps(p)) Scores::for_each([&](int, int, int, int reg) { scores[reg] *= scale_ * unit; });
+    if (biases(p)) bias(scores, query, key, slope_ * unit);
+    if (!kSeries) Scores::for_each([&](int, int, int, int reg) { scores[reg] *= Scalar(kLog2E); });
+  }
+  FA_DEVICE Scalar scale_log2() const {
+    return leaves_scale(reread(p_)) ? uniform(scale_ * Scalar(kLog2E)) : Scalar(1);
   }
 
  private:
@@ -53,8 +81,10 @@ class ScoreModifier {
   FA_DEVICE void cap(Scores& scores, Scalar softcap, F&& differentiate) const {
     if constexpr (kSeries) {
       const Softcap series(reread(p_));
-      series.apply(scores, series.any_far(scores));
-      series.differentiate(scores, differentiate);
+      series.with_scale<false>(series.any_far(scores), [&](const auto& scale) {
+        Scores::for_each([&](int, int, int, int reg) { scores[reg] = scale.log2_of(scores[reg]); });
+      });
+      Scores::for_each([&](int, int, int, int reg) { differentiate(reg, series.derivative(scores[reg])); });
     } else {
       Scores::for_each([&](int, int, int, int reg) {
         // The compiler brings the reciprocal out of the loop; written before it, it costs AMD scalar registers.
@@ -70,14 +100,14 @@ class ScoreModifier {
   }
 
   template <class Scores>
-  FA_DEVICE void bias(Scores& scores, int query, int key) const {
+  FA_DEVICE void bias(Scores& scores, int query, int key, Scalar slope) const {
     int first = 0;  // row - col of register 0, from which the others' differ by constants
     Scores::for_each([&](int, int row, int col, int reg) {
       if (reg == 0) first = row - col;
     });
     const Scalar distance = Scalar(query + shift_ - key + first);
     Scores::for_each([&](int, int row, int col, int reg) {
-      scores[reg] -= slope_ * absolute(distance + Scalar(row - col - first));
+      scores[reg] = fma_rn(-slope, absolute(distance + Scalar(row - col - first)), scores[reg]);
     });
   }
 
@@ -91,10 +121,15 @@ class ScoreModifier {
     const AttentionParams& p = reread(p_);
     return caps(p) || !leaves_scale(p);
   }
+  FA_DEVICE bool leaves_scale(const AttentionParams& p) const {
+    return MODIFIERS == Modifiers::kNone || (!caps(p) && maximum_scales(p));
+  }
+  FA_DEVICE bool leaves_softcap(const AttentionParams& p) const {
+    return MODIFIERS == Modifiers::kSoftcap || (kSeries && caps(p) && maximum_scales(p));
+  }
   // A score of -inf must not meet a scale of 0, nor a maximum a negative one.
-  static FA_DEVICE bool leaves_scale(const AttentionParams& p) {
-    if (MODIFIERS != Modifiers::kAny) return true;
-    return (kSeries || !caps(p)) && !biases(p) && Scalar(p.softmax_scale) > Scalar(0);
+  FA_DEVICE bool maximum_scales(const AttentionParams& p) const {
+    return !biases(p) && scale_ > Scalar(0);
   }
 
   const AttentionParams& p_;

@@ -26,24 +26,16 @@ struct OnlineSoftmax {
     sum.fill(Scalar(0));
   }
 
-  // Turns raw scores into exp2(score - max), rescales the output and adds to the sums.
-  template <class Scores, class Output>
-  FA_DEVICE void update(Scores& scores, Output& output, Scalar scale_log2) {
-    Rows rescale;
-    raise_max(scores, scale_log2, rescale);
-    apply(rescale, output);
-    exponentiate(scores, scale_log2);
-  }
-
-  // The parts of it. scale_log2, one for all rows or for each, is positive: the maximum of the scaled scores is the
-  // scaled maximum.
+  // Turns raw scores into exp2(score - max), rescales the output and adds to the sums: in these steps. A scale brings
+  // scores to log2 units: a positive factor, for all rows or for each, or what has log2_of(score), which rises with the
+  // score, and exponent(score, max). So the scaled scores' maximum is the maximum's scaled.
   template <class Scores, class Scale>
-  FA_DEVICE void raise_max(const Scores& scores, const Scale& scale_log2, Rows& rescale) {
+  FA_DEVICE void raise_max(const Scores& scores, const Scale& scale, Rows& rescale) {
     Rows block_max;
     block_max.fill(-infinity<Scalar>());
     scores.max_rows(block_max);
     Rows::for_each([&](int slot, int, bool) {
-      const Scalar scaled = block_max[slot] * of_row(scale_log2, slot), former = max[slot];
+      const Scalar scaled = log2_of(scale, block_max[slot], slot), former = max[slot];
       max[slot] = scaled > former + kSlack ? scaled : former;
       rescale[slot] = exp2_fast(former - max[slot]);
       sum[slot] *= rescale[slot];
@@ -54,27 +46,36 @@ struct OnlineSoftmax {
     Output::for_each([&](int slot, int, int, int reg) { output[reg] *= rescale[slot]; });
   }
   template <class Scores, class Scale>
-  FA_DEVICE void exponentiate(Scores& scores, const Scale& scale_log2) {
+  FA_DEVICE void exponentiate(Scores& scores, const Scale& scale) {
     Scores::for_each([&](int slot, int, int, int reg) {
-      scores[reg] = exponential(scores[reg], of_row(scale_log2, slot), slot);
+      scores[reg] = exp2_fast(exponent(scale, scores[reg], max[slot], slot));
     });
     scores.sum_rows(sum);
   }
   // Likewise of one of the lane's rows, from register BEGIN of its scores to END.
-  template <int SLOT, int BEGIN, int END, class Scores>
-  FA_DEVICE void exponentiate_part(Scores& scores, Scalar scale_log2) {
+  template <int SLOT, int BEGIN, int END, class Scores, class Scale>
+  FA_DEVICE void exponentiate_part(Scores& scores, const Scale& scale) {
     Scores::for_each([&](int slot, int, int, int reg) {
       if (slot != SLOT || reg < BEGIN || reg >= END) return;
-      scores[reg] = exponential(scores[reg], scale_log2, slot);
+      scores[reg] = exp2_fast(exponent(scale, scores[reg], max[slot], slot));
       sum[slot] += scores[reg];
     });
   }
-  FA_DEVICE Scalar exponential(Scalar score, Scalar scale_log2, int slot) {
-    return exp2_fast(fma_rn(score, scale_log2, -max[slot]));
-  }
 
-  static FA_DEVICE Scalar of_row(Scalar scale, int) { return scale; }
-  static FA_DEVICE Scalar of_row(const Rows& scale, int slot) { return scale.value[slot]; }
+  static FA_DEVICE Scalar log2_of(Scalar scale, Scalar score, int) { return score * scale; }
+  static FA_DEVICE Scalar log2_of(const Rows& scale, Scalar score, int slot) { return score * scale.value[slot]; }
+  template <class Scale>
+  static FA_DEVICE Scalar log2_of(const Scale& scale, Scalar score, int) {
+    return scale.log2_of(score);
+  }
+  static FA_DEVICE Scalar exponent(Scalar scale, Scalar score, Scalar max, int) { return fma_rn(score, scale, -max); }
+  static FA_DEVICE Scalar exponent(const Rows& scale, Scalar score, Scalar max, int slot) {
+    return fma_rn(score, scale.value[slot], -max);
+  }
+  template <class Scale>
+  static FA_DEVICE Scalar exponent(const Scale& scale, Scalar score, Scalar max, int) {
+    return scale.exponent(score, max);
+  }
 
   FA_DEVICE void finish() {
     sum.finish_sum();

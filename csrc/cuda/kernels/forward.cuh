@@ -109,15 +109,16 @@ struct Forward {
     v_tile.load(v + key * p.v.row_stride, p.v.row_stride, seq.len_k - key, p.head_dim, aligned());
   }
 
-  // scores = Q K^T for the keys in k_tile, modified and masked.
-  FA_DEVICE void score(Scores& scores, int key) {
+  // scores = Q K^T for the keys in k_tile, modified, for what that returns, and masked.
+  FA_DEVICE bool score(Scores& scores, int key) {
     scores.fill(Scalar(0));
     A::multiply_nt(scores, q_tile, k_tile);
-    modifier.apply(scores, work.query_begin, key);
+    const bool far = modifier.apply(scores, work.query_begin, key);
     if (!mask.all_visible(work.query_begin, work.query_begin + kM, key, key + kN)) {
       for_each_hidden<Scores, IntRows>(mask, work.query_begin, key,
                                        [&](int reg) { scores[reg] = -infinity<Scalar>(); });
     }
+    return far;
   }
 
   FA_DEVICE VisibleKeys keys() const {
@@ -168,7 +169,7 @@ struct Forward {
     A::commit();
 
     Scores scores;
-    score(scores, key);
+    const bool far = score(scores, key);
 
     A::template wait<0>();
     v_tile.land();
@@ -178,7 +179,10 @@ struct Forward {
       A::commit();
     }
 
-    softmax.update(scores, output, modifier.scale_log2());
+    Rows rescale;
+    softmax.raise_max(scores, modifier.scale_of_any(), rescale);
+    softmax.apply(rescale, output);
+    modifier.with_scale(far, [&](const auto& scale) { softmax.exponentiate(scores, scale); });
     if (kModified && dropout.enabled()) {
       dropout.template for_each<Scores>(work.query_begin, key, [&](int reg, bool keep) {
         if (!keep) scores[reg] = Scalar(0);
@@ -243,9 +247,10 @@ struct Forward {
       A::sync();
       Scores scores;
       score(scores, key);
-      const Scalar scale_log2 = modifier.scale_log2();
+      const auto scale = modifier.scale_of_any();
       Scores::for_each([&](int slot, int, int, int reg) {
-        scores[reg] = exp2_fast(fma_rn(lse[slot], Scalar(-kLog2E), scores[reg] * scale_log2));
+        const Scalar score = OnlineSoftmax<Scalar, Rows>::log2_of(scale, scores[reg], slot);
+        scores[reg] = exp2_fast(fma_rn(lse[slot], Scalar(-kLog2E), score));
       });
       if (dropout.enabled()) {
         dropout.template for_each<Scores>(work.query_begin, key, [&](int reg, bool keep) {

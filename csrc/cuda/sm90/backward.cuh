@@ -280,15 +280,23 @@ struct Backward
       wgmma_wait<1>();
       hold(scores.value);
       constexpr bool kSoftcap = MODIFIERS == Modifiers::kSoftcap;
-      Scores slopes;  // of the softcap, then times P
+      const Softcap softcap(p);
+      auto near = softcap.near<false>();
+      Scores slopes;  // of the softcap, times P
       if constexpr (kSoftcap) {
-        const Softcap softcap(p);
-        softcap.apply(scores, softcap.any_far(scores));
-        softcap.differentiate(scores, [&](int reg, float derivative) { slopes[reg] = derivative; });
+        if (softcap.any_far(scores)) {  // results here, which remain what they are below
+          Scores::for_each([&](int, int, int, int reg) { scores[reg] = softcap.any<false>().log2_of(scores[reg]); });
+          near = {{1, 0, 0}};
+        }
       }
       const auto exponential = [&](int reg, float negated_lse) {
-        Block::exponential(scale_log2, scores)(reg, negated_lse);
-        if (kSoftcap) slopes[reg] *= scores[reg];
+        if constexpr (kSoftcap) {
+          const float capped = near.log2_of(scores[reg]);
+          scores[reg] = exp2_fast(capped + negated_lse);
+          slopes[reg] = softcap.derivative(capped) * scores[reg];
+        } else {
+          Block::exponential(scale_log2, scores)(reg, negated_lse);
+        }
       };
       const auto differentiate = [&](int reg, float delta) {
         gradient[reg] = (kSoftcap ? slopes[reg] : scores[reg]) * (gradient[reg] - delta);

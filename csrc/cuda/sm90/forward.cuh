@@ -433,7 +433,6 @@ struct Forward {
   // The first block of keys.
   FA_DEVICE void begin(const Tile& tile, const Share& share, const Scoring& scoring, State& state) {
     const int key = share.begin;
-    const float scale_log2 = scoring.modifier.scale_log2();
     Scores scores;
     Rows rescale;
     if (kQueriesInRegisters) take_queries(state.queries);
@@ -447,11 +446,11 @@ struct Forward {
     wgmma_wait<0>();
     hold(scores.value);
     release_factors(share, state.place.at, key);
-    scoring.modifier.apply(scores, tile.work.query_begin, key);
+    const bool far = scoring.modifier.apply(scores, tile.work.query_begin, key);
     if (!share.all_see(key)) share.template hide<IntRows>(p, tile, key, scores);
-    state.softmax.raise_max(scores, scale_log2, rescale);
-    if (kHurries) set_limits(scoring, state.softmax, state.limits);
-    state.softmax.exponentiate(scores, scale_log2);
+    state.softmax.raise_max(scores, scoring.modifier.scale_of_any(), rescale);
+    if (kHurries) set_limits(state.softmax, state.limits);
+    scoring.modifier.with_scale(far, [&](const auto& scale) { state.softmax.exponentiate(scores, scale); });
     drop(tile, scoring, key, scores);
     state.probabilities.narrow(scores);
     barriers.v_full[state.place.at].wait(state.place.phase);
@@ -469,7 +468,6 @@ struct Forward {
   FA_DEVICE void step(const Tile& tile, const Share& share, const Scoring& scoring, int key, State& state) {
     Scores scores;
     Rows rescale;
-    const float scale_log2 = scoring.modifier.scale_log2();
     const Place last = state.place;
     state.place.step(kStages);
     const int stage = state.place.at;
@@ -480,20 +478,25 @@ struct Forward {
     hold(scores.value);
     release_factors(share, stage, key);
     bool moves = NEW_CHUNK || !kHurries;  // the reference of a row, if only perhaps
+    bool far = false;                     // some scores, to the softcap
     if constexpr (kSoftcap) {
       const Softcap softcap(p);
       moves = moves || any_lane(state.limits.reached(scores) | state.limits.falls_below(scores, softcap.end()));
-      softcap.apply(scores, moves && softcap.any_far(scores));
+      far = moves && softcap.any_far(scores);
     } else {
-      scoring.modifier.apply(scores, tile.work.query_begin, key);
+      far = scoring.modifier.apply(scores, tile.work.query_begin, key);
     }
+    constexpr bool kHides = MASKED || NEW_CHUNK;
     if (NEW_CHUNK ? !share.all_see(key) : MASKED) share.template hide<IntRows>(p, tile, key, scores);
     OnlineSoftmax<float, Rows> next = state.softmax;
     if (NEW_CHUNK) next.clear();
-    if (!kSoftcap) moves = moves || __any_sync(0xffffffffu, state.limits.reached(scores));
+    if (kHurries && !kSoftcap) moves = moves || __any_sync(0xffffffffu, state.limits.reached(scores));
     if (moves) {
-      next.raise_max(scores, scale_log2, rescale);
-      if (kHurries) set_limits(scoring, next, state.limits);
+      next.raise_max(scores, scoring.modifier.scale_of_any(), rescale);
+      if (kSoftcap && far) {
+        scoring.modifier.with_scale(far, [&](const auto& scale) { next.exponentiate(scores, scale); });
+      }
+      if (kHurries) set_limits(next, state.limits);
       if (!NEW_CHUNK && kRescalesAtOnce) {
         wgmma_wait<0>();
         hold(state.output.value);
@@ -503,10 +506,17 @@ struct Forward {
     // The last block's values are awaited half-way, when they are likely to be known: P takes their factor's registers
     // under what is left of the softmax.
     constexpr int kRegs = Scores::kRegs;
-    next.template exponentiate_part<0, 0, kRegs / 2>(scores, scale_log2);
+    const auto scale = scale_of<kHides>(scoring);
+    const bool is_left = kHurries && !far;
+    if (is_left) next.template exponentiate_part<0, 0, kRegs / 2>(scores, scale);
+    if (kScored) {
+      scoring.modifier.with_scale(far, [&](const auto& scale) {
+        next.template exponentiate_part<0, 0, kRegs>(scores, scale);
+        next.template exponentiate_part<1, 0, kRegs>(scores, scale);
+      });
+    }
     const float some = next.sum[0];
-    next.template exponentiate_part<0, kRegs / 2, kRegs>(scores, scale_log2);
-    if (!kHurries) next.template exponentiate_part<1, 0, kRegs>(scores, scale_log2);
+    if (is_left) next.template exponentiate_part<0, kRegs / 2, kRegs>(scores, scale);
     hold(next.sum.value);
     await_values(some, state.place);
     hold(state.output.value);
@@ -519,16 +529,26 @@ struct Forward {
                         : __any_sync(0xffffffffu, rescale[0] != 1.0f || rescale[1] != 1.0f)) {
       next.apply(rescale, state.output);
     }
-    if (kHurries) next.template exponentiate_part<1, 0, kRegs>(scores, scale_log2);
+    if (is_left) next.template exponentiate_part<1, 0, kRegs>(scores, scale);
     drop(tile, scoring, key, scores);
     state.softmax = next;
     state.probabilities.narrow(scores);
   }
 
-  // Of raw scores. A softcap brings none up; and while limits are not reached, it is a polynomial.
-  FA_DEVICE void set_limits(const Scoring& scoring, const OnlineSoftmax<float, Rows>& softmax,
-                            ScoreLimits<Scores, Rows>& limits) const {
-    limits.set(softmax, scoring.modifier.scale_log2(), kSoftcap ? Softcap(p).end() : FLT_MAX);
+  // Of raw scores, as the softmax takes it while none is far. HIDES: some may be hidden.
+  template <bool HIDES>
+  FA_DEVICE auto scale_of(const Scoring& scoring) const {
+    if constexpr (kSoftcap) {
+      return Softcap(p).near<HIDES>();
+    } else {
+      return scoring.modifier.scale_log2();
+    }
+  }
+
+  // Of raw scores. A softcap brings none up, nor is any far while limits are not reached.
+  FA_DEVICE void set_limits(const OnlineSoftmax<float, Rows>& softmax, ScoreLimits<Scores, Rows>& limits) const {
+    const float scale_log2 = float(p.softmax_scale) * float(kLog2E);
+    limits.set(softmax, scale_log2, kSoftcap ? Softcap(p).end() : FLT_MAX);
   }
 
   FA_DEVICE void drop(const Tile& tile, const Scoring& scoring, int key, Scores& scores) {
