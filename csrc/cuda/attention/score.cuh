@@ -117,6 +117,7 @@ class ScoreModifier {
   static FA_DEVICE bool biases(const AttentionParams& p) {
     return MODIFIERS == Modifiers::kAny && p.alibi_slopes != nullptr;
   }
+  // Is !leaves_scale(), asked in the way that costs AMD fewer scalar registers.
   FA_DEVICE bool active() const {
     const AttentionParams& p = reread(p_);
     return caps(p) || !leaves_scale(p);

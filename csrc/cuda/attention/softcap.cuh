@@ -68,13 +68,13 @@ class Softcap {
   // Likewise of any scores.
   template <bool MASKED>
   struct Any {
+    Near<false> by_series;
     const SoftcapSeries& series;
     FA_DEVICE float log2_of(float score) const { return exponent(score, 0); }
     FA_DEVICE float exponent(float score, float max) const {
       // Rounding is monotonic: no |score| <= end becomes far. (Compared itself, scores would stay in registers.)
       const float x = score * series.exponent;
-      const Near<false> series_near{{series.terms[0], series.terms[1], series.terms[2]}};
-      const float near = unhoisted(series_near.exponent(score, max));
+      const float near = unhoisted(by_series.exponent(score, max));
       // 1 - 2 / (e^2x + 1): it cancels only near 0.
       const float tanh = fma_rn(-2.0f, reciprocal(exp2_fast(x) + 1.0f), 1.0f);
       const float far = fma_rn(tanh, series.cap, -max);
@@ -83,7 +83,7 @@ class Softcap {
   };
   template <bool MASKED>
   FA_DEVICE Any<MASKED> any() const {
-    return {series_};
+    return {near<false>(), series_};
   }
 
   // f(scale) of scores for which any_far() was `far`.
