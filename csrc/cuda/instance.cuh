@@ -41,7 +41,8 @@ constexpr bool kPersistent = false;
 template <class K>
 constexpr bool kPersistent<K, std::void_t<decltype(K::kPersistent)>> = K::kPersistent;
 
-// And may take rows that do not allow 16-byte access, which else modified instances do.
+// And may take rows that do not allow 16-byte access, which else modified instances do: so may one of an arithmetic of
+// its own.
 template <class K, class = void>
 constexpr bool kTakesAnyRows = false;
 template <class K>

@@ -116,12 +116,16 @@ bool stash_fits(const KernelInfo& kernel, const Queue& queue) {
 
 // A modified kernel, or that of the same size which does what these params ask for in the machine's own loops.
 const KernelInfo& or_scored(const KernelInfo& kernel, const AttentionParams& p, const Queue& queue) {
-  if (!kernel.key.modified || !p.aligned || !(p.softmax_scale > 0)) return kernel;
-  KernelKey key = kernel.key;
+  if (!kernel.key.modified || !(p.softmax_scale > 0)) return kernel;
+  const auto find = [&](Modifiers scored) {
+    KernelKey key = kernel.key;
+    key.scored = scored;
+    return table(queue.device_index).find(key);
+  };
   const bool softcap_alone = p.softcap > 0 && p.alibi_slopes == nullptr && !(p.dropout_p > 0);
-  key.scored = softcap_alone ? Modifiers::kSoftcap : Modifiers::kAny;
-  const KernelInfo* own = table(queue.device_index).find(key);
-  return own != nullptr ? *own : kernel;
+  const KernelInfo* own = softcap_alone ? find(Modifiers::kSoftcap) : nullptr;
+  if (own == nullptr) own = find(Modifiers::kAny);
+  return own != nullptr && (p.aligned || own->takes_any_rows) ? *own : kernel;
 }
 
 const KernelInfo& forward_kernel(const ForwardParams& p, const Queue& queue) {
@@ -320,7 +324,15 @@ void forward(ForwardParams p, void* workspace, const Queue& queue) {
     check(cudaMemsetAsync(workspace, 0, taken_bytes, static_cast<cudaStream_t>(queue.stream)), "clearing a counter");
   }
   p.partial_out = static_cast<char*>(workspace) + taken_bytes;
-  launch(kernel, p, queue, may_fold(p) ? kernel.stash_bytes : 0);
+  const auto launch_one = [&](const KernelInfo& kernel) {
+    launch(kernel, p, queue, may_fold(p) ? kernel.stash_bytes : 0);
+  };
+  launch_one(kernel);
+  if (p.s_dmask == nullptr) return;
+  // Where a call without it has other bits, so have the output and the LSE.
+  p.s_dmask = nullptr;
+  const KernelInfo& usual = forward_kernel(p, queue);
+  if (usual.takes_any_rows) launch_one(usual);
 }
 
 // ---- backward ------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ struct Task {
 };
 
 template <class K, int D>
-bool check(const Task& task, int dim, float softcap, unsigned seed) {
+bool check(const Task& task, int dim, Scoring scoring, unsigned seed) {
   using T = typename K::T;
   constexpr bool kFp32 = std::is_same_v<T, float>;  // its kernel leaves dQ to FinishDq
   std::mt19937 random(seed);
@@ -49,6 +49,10 @@ bool check(const Task& task, int dim, float softcap, unsigned seed) {
   }
   for (Matrix<T>* x : {&dq, &dk, &dv}) std::fill(x->values.begin(), x->values.end(), narrow<T>(NAN));
 
+  BackwardParams p{};
+  describe(p, task, dim, lengths_q, lengths_k);
+  scoring.describe(p);
+
   // The definition, in double.
   const double scale = 1 / std::sqrt(double(dim));
   std::vector<float> lse(size_t(task.heads_q) * total_q), delta(lse.size());
@@ -61,7 +65,7 @@ bool check(const Task& task, int dim, float softcap, unsigned seed) {
         const int row = ends_q[b] + i, kv_head = h / group, diagonal = i + keys - rows;
         const int begin = task.window_left < 0 ? 0 : std::max(0, diagonal - task.window_left);
         const int end = task.causal ? std::min(keys, diagonal + 1) : keys;
-        std::vector<double> score(keys), slope(keys, 1.0), p(keys), dp(keys);
+        std::vector<double> score(keys), slope(keys), weight(keys), kept(keys), dp(keys);
         const auto dot = [&](const Matrix<T>& x, const Matrix<T>& y, int j) {
           double sum = 0;
           for (int d = 0; d < dim; ++d) sum += x.at(row, h, d) * y.at(ends_k[b] + j, kv_head, d);
@@ -69,40 +73,35 @@ bool check(const Task& task, int dim, float softcap, unsigned seed) {
         };
         double max = -INFINITY, sum = 0, row_delta = 0;
         for (int j = begin; j < end; ++j) {
-          score[j] = dot(q, k, j) * scale;
-          if (softcap > 0) {
-            const double t = std::tanh(score[j] / softcap);
-            score[j] = softcap * t;
-            slope[j] = 1 - t * t;
-          }
+          score[j] = scoring.modify(dot(q, k, j) * scale, h, diagonal - j, slope[j]);
+          kept[j] = Scoring::kept(p, b, h, i, j);
           max = std::max(max, score[j]);
         }
         for (int j = begin; j < end; ++j) sum += std::exp(score[j] - max);
         const double row_lse = begin < end ? max + std::log(sum) : INFINITY;
         for (int j = begin; j < end; ++j) {
-          p[j] = std::exp(score[j] - row_lse);
-          dp[j] = dot(dout, v, j);
-          row_delta += p[j] * dp[j];
+          weight[j] = std::exp(score[j] - row_lse);
+          dp[j] = dot(dout, v, j) * kept[j];
+          row_delta += weight[j] * dp[j];
         }
         const size_t at = packed ? size_t(h) * total_q + row : (size_t(b) * task.heads_q + h) * longest_q + i;
         lse[at] = float(row_lse);
         row_delta -= of_lse(random);
         delta[at] = float(row_delta);
         for (int j = begin; j < end; ++j) {
-          const double ds = p[j] * (dp[j] - row_delta) * slope[j] * scale;
+          const double ds = weight[j] * (dp[j] - row_delta) * slope[j] * scale;
           for (int d = 0; d < dim; ++d) {
             const size_t query = (size_t(row) * task.heads_q + h) * dim + d;
             const size_t key = (size_t(ends_k[b] + j) * task.heads_kv + kv_head) * dim + d;
             exact_dq[query] += ds * k.at(ends_k[b] + j, kv_head, d);
             exact_dk[key] += ds * q.at(row, h, d);
-            exact_dv[key] += p[j] * dout.at(row, h, d);
+            exact_dv[key] += weight[j] * kept[j] * dout.at(row, h, d);
           }
         }
       }
     }
   }
 
-  BackwardParams p{};
   p.q = q.ref(packed, longest_q);
   p.k = k.ref(packed, longest_k);
   p.v = v.ref(packed, longest_k);
@@ -112,8 +111,6 @@ bool check(const Task& task, int dim, float softcap, unsigned seed) {
   p.dv = dv.ref(packed, longest_k);
   p.lse = {lse.data(), packed ? 0 : int64_t(task.heads_q) * longest_q, packed ? total_q : longest_q};
   p.delta = {delta.data(), p.lse.batch_stride, p.lse.head_stride};
-  describe(p, task, dim, lengths_q, lengths_k);
-  p.softcap = softcap;
   p.dtype = kFp32 ? DType::kFloat32 : std::is_same_v<T, Half> ? DType::kFloat16 : DType::kBFloat16;
   p.aligned = dim % 8 == 0;
   p.deterministic = task.deterministic;
@@ -170,23 +167,25 @@ const Task kTasks[] = {
     {{40, 100}, {128, 128}, {0, 101}, false, true, true, 2, 1},
 };
 
+const Scoring kScored = {3.0f, 0.02f, 0.3f};
+
 // Plain; then scored, at an odd head dim.
 template <template <class, int, Modifiers> class K, int D>
 bool check_all(unsigned seed) {
   bool good = true;
   for (const Task& task : kTasks) {
-    good = check<K<BFloat16, D, Modifiers::kNone>, D>(task, D, 0.0f, seed) && good;
-    good = check<K<Half, D, Modifiers::kAny>, D>(task, D - 8, 3.0f, seed) && good;
+    good = check<K<BFloat16, D, Modifiers::kNone>, D>(task, D, {}, seed) && good;
+    good = check<K<Half, D, Modifiers::kAny>, D>(task, D - 8, kScored, seed) && good;
   }
   return good;
 }
-// By the copy engine; then rows that do not allow 16-byte access.
+// By the copy engine; then scored, of rows that do not allow 16-byte access.
 template <int D>
 bool check_fp32(unsigned seed) {
   bool good = true;
   for (const Task& task : kTasks) {
-    good = check<sm90::Fp32Backward<D>, D>(task, D, 0.0f, seed) && good;
-    good = check<sm90::Fp32Backward<D>, D>(task, D - 5, 0.0f, seed) && good;
+    good = check<sm90::Fp32Backward<D, Modifiers::kNone>, D>(task, D, {}, seed) && good;
+    good = check<sm90::Fp32Backward<D, Modifiers::kAny>, D>(task, D - 5, kScored, seed) && good;
   }
   return good;
 }

@@ -13,9 +13,9 @@ struct Task {
   bool partial = false;  // a thread block for each chunk
 };
 
-template <int D>
-bool check(const Task& task, int dim, unsigned seed) {
-  using K = sm90::Fp32Forward<D>;
+template <int D, Modifiers MODIFIERS>
+bool check(const Task& task, int dim, Scoring scoring, unsigned seed) {
+  using K = sm90::Fp32Forward<D, MODIFIERS>;
   std::mt19937 random(seed);
   const bool packed = task.packed;
   const int batch = int(task.lengths_q.size()), group = task.heads_q / task.heads_kv;
@@ -40,6 +40,7 @@ bool check(const Task& task, int dim, unsigned seed) {
   p.out = out.ref(packed, longest_q);
   p.lse = {lse.data(), packed ? 0 : int64_t(task.heads_q) * longest_q, packed ? total_q : longest_q};
   describe(p, task, dim, lengths_q, lengths_k);
+  scoring.describe(p);
   p.dtype = DType::kFloat32;
   p.aligned = dim % 4 == 0;
   p.split_size = task.split_size;
@@ -53,7 +54,7 @@ bool check(const Task& task, int dim, unsigned seed) {
   host::launch(unsigned(K::blocks(p)), K::kThreads, K::kSharedBytes + (may_fold(p) ? K::kStashBytes : 0),
                [&] { K(launched, host::self->block->shared).run(); });
 
-  // Relative to what a row's terms add up to, where they are largest.
+  // Relative to what a row's terms add up to, dropped ones included, where they are largest.
   double worst = 0, worst_lse = 0;
   for (int b = 0; b < batch; ++b) {
     const int rows = lengths_q[b], keys = task.used_k.empty() ? lengths_k[b] : task.used_k[b];
@@ -62,19 +63,24 @@ bool check(const Task& task, int dim, unsigned seed) {
         const int row = ends_q[b] + i, diagonal = i + keys - rows;
         const int begin = task.window_left < 0 ? 0 : std::max(0, diagonal - task.window_left);
         const int end = task.causal ? std::min(keys, diagonal + 1) : keys;
-        std::vector<double> weight(keys);
+        std::vector<double> weight(keys), kept(keys);
         double max = -INFINITY, sum = 0;
         for (int j = begin; j < end; ++j) {
           for (int d = 0; d < dim; ++d) weight[j] += q.at(row, h, d) * k.at(ends_k[b] + j, h / group, d);
-          max = std::max(max, weight[j] *= p.softmax_scale);
+          double derivative;
+          weight[j] = scoring.modify(weight[j] * p.softmax_scale, h, diagonal - j, derivative);
+          max = std::max(max, weight[j]);
         }
-        for (int j = begin; j < end; ++j) sum += weight[j] = std::exp(weight[j] - max);
+        for (int j = begin; j < end; ++j) {
+          sum += weight[j] = std::exp(weight[j] - max);
+          kept[j] = Scoring::kept(p, b, h, i, j);
+        }
         double largest = 0, error = 0;
         for (int d = 0; d < dim; ++d) {
           double wanted = 0, size = 0, found = out.at(row, h, d);
           for (int j = begin; j < end; ++j) {
             const double term = weight[j] / sum * v.at(ends_k[b] + j, h / group, d);
-            wanted += term;
+            wanted += kept[j] * term;
             size += std::fabs(term);
           }
           if (task.partial) {  // as Combine folds them
@@ -86,7 +92,7 @@ bool check(const Task& task, int dim, unsigned seed) {
               found += share * partial_out[at * dim + d];
               all += share * partial_sum[at];
             }
-            found = begin < end ? found / all : 0;
+            found = begin < end ? found / all * kept_scale<double>(p) : 0;
           }
           largest = std::max(largest, size);
           if (!(std::fabs(found - wanted) <= error)) error = std::fabs(found - wanted);
@@ -111,7 +117,9 @@ bool check(const Task& task, int dim, unsigned seed) {
   return good;
 }
 
-// By the copy engine; then rows that do not allow 16-byte access.
+const Scoring kScored = {3.0f, 0.02f, 0.3f};
+
+// By the copy engine; then scored, of rows that do not allow 16-byte access.
 template <int D>
 bool check_all(unsigned seed) {
   const Task tasks[] = {
@@ -126,9 +134,9 @@ bool check_all(unsigned seed) {
   };
   bool good = true;
   for (const Task& task : tasks) {
-    if (task.split_size > 0 && !task.partial && !sm90::Fp32Forward<D>::kFolds) continue;
-    good = check<D>(task, D, seed) && good;
-    good = check<D>(task, D - 5, seed) && good;
+    if (task.split_size > 0 && !task.partial && !sm90::Fp32Forward<D, Modifiers::kNone>::kFolds) continue;
+    good = check<D, Modifiers::kNone>(task, D, {}, seed) && good;
+    good = check<D, Modifiers::kAny>(task, D - 5, kScored, seed) && good;
   }
   return good;
 }

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "core/params.h"
+#include "cuda/attention/dropout.cuh"
 #include "cuda/compat.cuh"
 
 using namespace flash_attn;
@@ -59,6 +60,35 @@ struct Lengths {
     total = ends.back() + (packed ? spare : 0);
   }
   int operator[](int b) const { return ends[b + 1] - ends[b]; }
+};
+
+// What scores are put through, and dropout.
+struct Scoring {
+  float softcap = 0, slope = 0, dropout_p = 0;  // slope: ALiBi's of head 0; the n-th head has n + 1 times that
+  std::vector<float> slopes{};
+  int64_t rng_state[2] = {1234567890123, 42};
+
+  void describe(AttentionParams& p) {
+    p.softcap = softcap;
+    p.dropout_p = dropout_p;
+    p.rng_state = rng_state;
+    for (int head = 0; head < p.heads_q; ++head) slopes.push_back(slope * float(head + 1));
+    if (slope != 0) p.alibi_slopes = slopes.data();
+  }
+  double modify(double score, int head, int distance, double& derivative) const {
+    const double tanh = softcap > 0 ? std::tanh(score / softcap) : 0;
+    derivative = 1 - tanh * tanh;
+    return (softcap > 0 ? softcap * tanh : score) - double(slope) * (head + 1) * std::abs(distance);
+  }
+  // What a probability is multiplied by.
+  static double kept(const AttentionParams& p, int batch, int head, int query, int key) {
+    const Dropout dropout(p, batch, head);
+    if (!dropout.enabled()) return 1;
+    uint32_t bits[4];
+    dropout.patch(query, key, bits);
+    const uint32_t pair = bits[query % 16 / 8 * 2 + key % 16 / 8];
+    return dropout.keeps(key % 2 == 0 ? pair : pair >> 16) ? 1 / (1 - double(p.dropout_p)) : 0;
+  }
 };
 
 // What the forward's and the backward's params share of a task: lengths, masks, scale.

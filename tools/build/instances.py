@@ -57,7 +57,7 @@ class Machine:
     processors: tuple[str, ...] = ()  # platform.machine() values; empty: any
     # Which of plain and modified (False, True) are compiled for the performance mode; none: to nearest is free here.
     performance_kinds: tuple[bool, ...] = ()
-    # Families with loops of its own for softcap, and for softcap, ALiBi and dropout, in 16 bits, and their head dims.
+    # Families with loops of its own for softcap, ALiBi and dropout, in 16 bits for softcap alone, too; their head dims.
     scored: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     @property
@@ -212,8 +212,8 @@ def instances(machine: Machine, config: Config) -> Iterator[Instance]:
     yield from performance_instances(machine, config)
     for family in FAMILIES:
         own = dict(machine.scored).get(family.name, ())
-        for dtype, size, scored in product(("fp16", "bf16"), own, SCORED):
-            if config.wants(dtype, size):
+        for dtype, size, scored in product(machine.dtypes, own, SCORED):
+            if config.wants(dtype, size) and (scored, dtype) != ("softcap", "fp32"):
                 yield Instance(machine, family, dtype, size, modified=True, scored=scored)
 
 

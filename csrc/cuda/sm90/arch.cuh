@@ -30,7 +30,7 @@ template <class T, int D>
 constexpr bool kCoversFp32 = std::is_same_v<T, float> && D >= 64;
 
 // The backward's dQ lies in device memory as FinishDq takes it, whichever loops added to it.
-template <int D, class Own = Fp32Backward<D>, class Row = Tuning<Kernel::kBackward, float, D, false>>
+template <int D, class Own = Fp32Backward<D, Modifiers::kNone>, class Row = Tuning<Kernel::kBackward, float, D, false>>
 constexpr bool kAddsAsSm80 = std::is_same_v<typename Own::QueryGradient,
                                             sm80::Accumulator<float, Row::kBlockM, D, Row::kWarpsQ, Row::kWarps>>;
 static_assert(kAddsAsSm80<64> && kAddsAsSm80<96> && kAddsAsSm80<128> && kAddsAsSm80<192> && kAddsAsSm80<256>);
@@ -42,14 +42,14 @@ struct Sm90 : sm90::Mma {};
 template <class T, int D>
 struct Forward<Sm90, Problem<T, D, false>>
     : std::conditional_t<sm90::kCoversForward<T, D>, sm90::Forward<T, D, Modifiers::kNone>,
-                         std::conditional_t<sm90::kCoversFp32<T, D>, sm90::Fp32Forward<D>,
+                         std::conditional_t<sm90::kCoversFp32<T, D>, sm90::Fp32Forward<D, Modifiers::kNone>,
                                             Forward<sm90::Mma, Problem<T, D, false>>>> {};
 
 template <class T, int D>
 struct Backward<Sm90, Problem<T, D, false>>
     : std::conditional_t<sm90::kCoversBackward<T, D>, sm90::Backward<T, D, Modifiers::kNone>,
                          std::conditional_t<sm90::kCoversWideBackward<T, D>, sm90::WideBackward<T, D, Modifiers::kNone>,
-                                            std::conditional_t<sm90::kCoversFp32<T, D>, sm90::Fp32Backward<D>,
+                                            std::conditional_t<sm90::kCoversFp32<T, D>, sm90::Fp32Backward<D, Modifiers::kNone>,
                                                                Backward<sm90::Mma, Problem<T, D, false>>>>> {};
 
 // Hopper's own 16-bit backward needs none.
@@ -62,11 +62,13 @@ template <Modifiers MODIFIERS>
 struct Sm90Scored {};
 
 template <Modifiers MODIFIERS, class T, int D>
-struct Forward<Sm90Scored<MODIFIERS>, Problem<T, D, true>> : sm90::Forward<T, D, MODIFIERS> {};
+struct Forward<Sm90Scored<MODIFIERS>, Problem<T, D, true>>
+    : std::conditional_t<sm90::kCoversFp32<T, D>, sm90::Fp32Forward<D, MODIFIERS>, sm90::Forward<T, D, MODIFIERS>> {};
 
 template <Modifiers MODIFIERS, class T, int D>
 struct Backward<Sm90Scored<MODIFIERS>, Problem<T, D, true>>
     : std::conditional_t<sm90::kCoversBackward<T, D>, sm90::Backward<T, D, MODIFIERS>,
-                         sm90::WideBackward<T, D, MODIFIERS>> {};
+                         std::conditional_t<sm90::kCoversFp32<T, D>, sm90::Fp32Backward<D, MODIFIERS>,
+                                            sm90::WideBackward<T, D, MODIFIERS>>> {};
 
 }  // namespace flash_attn

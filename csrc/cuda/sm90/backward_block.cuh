@@ -1,7 +1,6 @@
 // What Hopper's backwards have in common: persistent thread blocks that take blocks of keys, scores transposed.
 #pragma once
 
-#include "../attention/dropout.cuh"
 #include "../attention/schedule.cuh"
 #include "../sm80/arch.cuh"
 #include "key_block.cuh"
@@ -164,44 +163,6 @@ struct BackwardBlock : KeyBlock<BLOCK_M, BLOCK_N> {
   // Whether somebody may wait for an addition to land; and telling them that it has.
   FA_DEVICE bool is_awaited(bool stores) const { return p.deterministic || stores; }
   FA_DEVICE void pass_turn(int32_t* turn) const { sm80::add_release(turn, p.deterministic ? 1 : kStored); }
-
-  // A bit for each register: whether dropout keeps it. A lane's keys r and r + 8 are of one parity, so it has half of
-  // the patch of queries c, c + 8, and half of that of c + 1, c + 9; a neighbour has the others. Each works out one.
-  template <class Scores>
-  struct Kept {
-    uint32_t bits[Scores::kRegs / 32];
-    FA_DEVICE void keep(int reg) { bits[reg / 32] |= 1u << reg % 32; }
-  };
-  template <class Scores>
-  FA_DEVICE void find_kept(const Dropout& dropout, int query, Kept<Scores>& kept) const {
-    FA_UNROLL
-    for (uint32_t& bits : kept.bits) bits = 0;
-    Scores::for_each_patch([&](int row, int col, const int(&reg)[8]) {
-      const bool odd = row % 2 != 0;
-      uint32_t bits[4];
-      dropout.patch(query + col + int(odd), work.key_begin + row % kN, bits);
-      FA_UNROLL
-      for (int half = 0; half < 2; ++half) {  // queries c and c + 1, then c + 8 and c + 9
-        const uint32_t left = __byte_perm(bits[2 * half], bits[2 * half + 1], 0x5410);
-        const uint32_t right = __byte_perm(bits[2 * half], bits[2 * half + 1], 0x7632);
-        const uint32_t given = __shfl_xor_sync(0xffffffffu, odd ? left : right, 4), mine = odd ? right : left;
-        const uint32_t first = odd ? given : mine, second = odd ? mine : given;
-        const int at = 2 * half;
-        if (dropout.keeps(first)) kept.keep(reg[at]);
-        if (dropout.keeps(first >> 16)) kept.keep(reg[at + 4]);
-        if (dropout.keeps(second)) kept.keep(reg[at + 1]);
-        if (dropout.keeps(second >> 16)) kept.keep(reg[at + 5]);
-      }
-    });
-  }
-  // What dropout leaves of x, times `scale`.
-  template <class Scores>
-  static FA_DEVICE void drop(const Kept<Scores>& kept, float scale, Scores& x) {
-    Scores::for_each([&](int, int, int, int reg) {
-      x[reg] = kept.bits[reg / 32] >> (reg % 32) & 1 ? x[reg] * scale : 0.0f;
-    });
-  }
-
 };
 
 }  // namespace sm90

@@ -9,6 +9,7 @@
 // the columns are no multiple of a panel's.
 #pragma once
 
+#include "../attention/score.cuh"
 #include "../sm80/arch.cuh"
 #include "key_block.cuh"
 #include "maps.cuh"
@@ -18,8 +19,9 @@
 namespace flash_attn {
 namespace sm90 {
 
-template <int D>
+template <int D, Modifiers MODIFIERS>
 struct Fp32Backward : KeyBlock<64, 64> {
+  using Keys = KeyBlock<64, 64>;
   using T = float;
   using Params = BackwardParams;
   static constexpr int kBlockM = kM, kBlockN = kN;
@@ -29,6 +31,7 @@ struct Fp32Backward : KeyBlock<64, 64> {
   static constexpr int kConsumerRegisters = 256 - kLoaderRegisters;
   static constexpr bool kTakesAnyRows = true;  // of any alignment
 
+  static constexpr bool kScored = MODIFIERS == Modifiers::kAny;
   static constexpr bool kWide = D > 128;
   static constexpr int kRows = kWide ? 32 : 64, kTiles = kM / kRows;  // queries of a tile; tiles of a step
   static constexpr bool kTransposes = kWide || D == 96;  // dQ
@@ -272,7 +275,7 @@ struct Fp32Backward : KeyBlock<64, 64> {
           if constexpr (KEYS) {
             differentiate(query, hides, k_from_parts, v_from_parts, v_exponent, state, sizes, sum);
           } else {
-            exponentiate(query, hides, k_from_parts, v_exponent, state, sizes, sum);
+            exponentiate(step.head, query, hides, k_from_parts, v_exponent, state, sizes, sum);
           }
           add_queries(step.head, walk.query(step.index), tile, state.phase, sizes);
           state.step();
@@ -294,20 +297,39 @@ struct Fp32Backward : KeyBlock<64, 64> {
   }
 
   // P^T, and dV.
-  FA_DEVICE void exponentiate(int query, bool hides, const Rows& k_from_parts, int v_exponent, const State& state,
-                              Sizes& sizes, KeyGradient& dv) {
+  FA_DEVICE void exponentiate(int head, int query, bool hides, const Rows& k_from_parts, int v_exponent,
+                              const State& state, Sizes& sizes, KeyGradient& dv) {
     Scores x;
     control.full[state.query.at].wait(state.query.phase);
     QueryParts::multiply_rows(x.value, factor(0), shared_address(slot_tile(state.query)), [] {});
     float columns[kColumns];
     read_columns(control.from_parts[state.query.at], columns);
     scale_scores(x, columns, k_from_parts);
-    const float scale_log2 = this->scale_log2();
+    // ALiBi's distance is the same seen from the key.
+    const ScoreModifier<T, MODIFIERS> modifier(p, work.batch, head, -mask.shift);
+    Scores slope;  // of the softcap
+    if (kScored) {
+      slope.fill(1);
+      modifier.apply(x, work.key_begin, query, [&](int reg, float derivative) { slope[reg] = derivative; });
+    }
+    const float scale_log2 = modifier.scale_log2();
     read_columns(control.of_query[state.query.at], columns);
     control.free[state.query.at].arrive();
     for_columns([&](int reg, int column) { x[reg] = exp2_fast(fma_rn(x[reg], scale_log2, columns[column])); });
     if (hides) hide(query, x);
-    send(x, state.phase);
+    if (kScored) {
+      for_columns([&](int reg, int) { slope[reg] *= x[reg]; });
+      const Dropout dropout(p, work.batch, head);
+      if (dropout.enabled()) {
+        typename Keys::template Kept<Scores> kept;
+        this->find_kept(dropout, query, kept);
+        for_columns([&](int reg, int) { slope[reg] = kept.keeps(reg) ? slope[reg] : -slope[reg]; });
+        Keys::drop(kept, kept_scale<float>(p), x);
+      }
+      send(slope, state.phase);
+    } else {
+      send(x, state.phase);
+    }
 
     control.full[state.dout.at].wait(state.dout.phase);
     read_columns(control.from_parts[state.dout.at], columns);
@@ -328,8 +350,16 @@ struct Fp32Backward : KeyBlock<64, 64> {
     float negated_delta[kColumns];
     read_columns(control.of_query[state.dout.at], negated_delta);
     control.free[state.dout.at].arrive();
-    for_columns([&](int reg, int column) { x[reg] += negated_delta[column]; });
-    receive(x, state.phase);
+    if (kScored) {
+      const float kept = kept_scale<float>(p);
+      receive(state.phase, [&](int reg, float of_p) {
+        const float dp = int(float_to_bits(of_p)) < 0 ? 0.0f : x[reg] * kept;
+        x[reg] = (dp + negated_delta[reg / 4 * 2 + reg % 2]) * absolute(of_p);
+      });
+    } else {
+      for_columns([&](int reg, int column) { x[reg] += negated_delta[column]; });
+      receive(state.phase, [&](int reg, float of_p) { x[reg] *= of_p; });
+    }
     if (hides) hide(query, x);
 
     // For dQ, whose rows take their sizes back.
@@ -425,7 +455,7 @@ struct Fp32Backward : KeyBlock<64, 64> {
     for_each_hidden<Scores, IntRows>(query, [&](int reg) { x[reg] = 0; });
   }
 
-  // P^T from one warpgroup to the other, lane by lane.
+  // P^T from one warpgroup to the other, lane by lane; scored, times the softcap's slope, and negative where dropped.
   static FA_DEVICE int pair() { return int(threadIdx.x) / 32 % 4; }
   FA_DEVICE float4* exchanged(int n) const {
     return reinterpret_cast<float4*>(shared + kPAt + pair() * (kRows * kN)) + n * 32 + int(threadIdx.x) % 32;
@@ -438,12 +468,14 @@ struct Fp32Backward : KeyBlock<64, 64> {
     }
     control.p_full[pair()].arrive();
   }
-  FA_DEVICE void receive(Scores& x, uint32_t phase) {
+  // f(reg, what was sent)
+  template <class F>
+  FA_DEVICE void receive(uint32_t phase, F&& f) {
     control.p_full[pair()].wait(phase);
     FA_UNROLL
     for (int n = 0; n < Scores::kRegs / 4; ++n) {
       const float4 p = *exchanged(n);
-      x[4 * n] *= p.x, x[4 * n + 1] *= p.y, x[4 * n + 2] *= p.z, x[4 * n + 3] *= p.w;
+      f(4 * n, p.x), f(4 * n + 1, p.y), f(4 * n + 2, p.z), f(4 * n + 3, p.w);
     }
     control.p_free[pair()].arrive();
   }

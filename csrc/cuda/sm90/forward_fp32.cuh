@@ -7,6 +7,7 @@
 // that the row has seen. So its bits depend on no key that it does not see.
 #pragma once
 
+#include "../attention/dropout.cuh"
 #include "../attention/epilogue.cuh"
 #include "../attention/score.cuh"
 #include "../sm80/fragment.cuh"
@@ -19,10 +20,11 @@
 namespace flash_attn {
 namespace sm90 {
 
-template <int D>
+template <int D, Modifiers MODIFIERS>
 struct Fp32Forward {
   using T = float;
   using Params = ForwardParams;
+  static constexpr bool kScored = MODIFIERS == Modifiers::kAny;
   static constexpr bool kWide = D > 128;
   static constexpr int kM = 128, kN = kWide ? 32 : 64, kBlockM = kM, kBlockN = kN;
   static constexpr int kGroups = 2, kWarps = 4 * kGroups, kLoaders = 8;  // warps that compute, and that load
@@ -195,14 +197,18 @@ struct Fp32Forward {
     Output output;  // of the chunk, from_parts undone
     OnlineSoftmax<float, Rows> softmax;
     Rows largest;  // of the values' from_parts that the row has seen in the chunk
-    Rows scale_log2;  // of scores of Q's parts
+    Rows scale;  // of scores of Q's parts: to log2 units; scored, to raw ones
+    const ScoreModifier<T, MODIFIERS> modifier;
+    const Dropout dropout;
 
     explicit FA_DEVICE Consumer(const Fp32Forward& block)
         : block(block),
           p(block.p),
           tile(block.tile),
           group(warpgroup()),
-          share(block.p, block.tile, group) {}
+          share(block.p, block.tile, group),
+          modifier(p, tile.work.batch, tile.work.head, Mask(p, tile.seq).shift),
+          dropout(p, tile.work.batch, tile.work.head) {}
 
     FA_DEVICE void run() {
       const int rows = min_int(kM, tile.seq.len_q - tile.work.query_begin);
@@ -251,9 +257,9 @@ struct Fp32Forward {
       }
       fence_async_proxy();
       sync_named(1 + group, 128);
-      const float scale = ScoreModifier<T, Modifiers::kNone>(p, 0, 0, 0).scale_log2();
+      const float scale_log2 = modifier.scale_log2();
       Rows::for_each([&](int slot, int row, bool) {
-        scale_log2[slot] = block.control.queries_from_parts[row] * scale;
+        scale[slot] = block.control.queries_from_parts[row] * (kScored ? 1.0f : scale_log2);
       });
     }
     FA_DEVICE char* queries() const { return block.shared + group * QueryParts::kBytes; }
@@ -275,17 +281,26 @@ struct Fp32Forward {
     FA_DEVICE void visit(int key) {
       Scores scores;
       score(scores);
+      if (kScored) {
+        Scores::for_each([&](int slot, int, int, int reg) { scores[reg] *= scale[slot]; });
+        modifier.apply(scores, tile.work.query_begin, key);
+      }
       const bool hides = !share.all_see(key);
       if (hides) share.template hide<IntRows>(p, tile, key, scores);
       Rows rescale;
-      softmax.raise_max(scores, scale_log2, rescale);
+      softmax.raise_max(scores, softmax_scale(), rescale);
 
       await();
       float from_parts[kN / 4];  // of the lane's columns
       read_columns(block.control.from_parts[place.at], from_parts);
       raise_largest(scores, from_parts, hides, rescale);
       if (__any_sync(0xffffffffu, rescale[0] != 1.0f || rescale[1] != 1.0f)) softmax.apply(rescale, output);
-      softmax.exponentiate(scores, scale_log2);
+      softmax.exponentiate(scores, softmax_scale());
+      if (kScored && dropout.enabled()) {
+        dropout.template for_each<Scores>(tile.work.query_begin, key, [&](int reg, bool keep) {
+          if (!keep) scores[reg] = 0;
+        });
+      }
 
       uint32_t high[kN / 16][4], low[kN / 16][4];
       const float to_parts[2] = {weights_to_parts(0), weights_to_parts(1)};
@@ -299,6 +314,14 @@ struct Fp32Forward {
       Parts::multiply(
           high, low, shared_address(block.slot_tile(place)), [&] { release(); },
           [&](int reg, float sum) { output[reg] += sum; });  // with rounding to nearest
+    }
+
+    FA_DEVICE auto softmax_scale() const {
+      if constexpr (kScored) {
+        return modifier.scale_log2();
+      } else {
+        return scale;
+      }
     }
 
     // scores = Q K^T, of Q's parts
@@ -406,7 +429,7 @@ struct Fp32Forward {
       const int rows = min_int(kM, tile.seq.len_q - work.query_begin);
       if (p.num_splits > 1) return write_partial(p, work, rows, softmax, output);
       Rows scale;
-      finish_rows(p, work, tile.seq, rows, 1.0f, softmax, scale);
+      finish_rows(p, work, tile.seq, rows, kScored ? kept_scale<float>(p) : 1.0f, softmax, scale);
       softmax.apply(scale, output);
       const int first = group * 64;
       T* const out = head_rows<T>(p.out, work.batch, work.head, tile.seq.first_q + work.query_begin + first);

@@ -1,6 +1,7 @@
 // A block of keys of the backward, its walk over blocks of queries, and its scores, transposed: rows are keys.
 #pragma once
 
+#include "../attention/dropout.cuh"
 #include "../attention/schedule.cuh"
 #include "wgmma.cuh"
 
@@ -143,6 +144,44 @@ struct KeyBlock {
       });
       clear_if(end, [](int col, int end) { return col >= end; });
     }
+  }
+
+  // A bit for each register: whether dropout keeps it. A lane's keys r and r + 8 are of one parity, so it has half of
+  // the patch of queries c, c + 8, and half of that of c + 1, c + 9; a neighbour has the others. Each works out one.
+  template <class Scores>
+  struct Kept {
+    uint32_t bits[(Scores::kRegs + 31) / 32];
+    FA_DEVICE void keep(int reg) { bits[reg / 32] |= 1u << reg % 32; }
+    FA_DEVICE bool keeps(int reg) const { return bits[reg / 32] >> (reg % 32) & 1; }
+  };
+  template <class Scores>
+  FA_DEVICE void find_kept(const Dropout& dropout, int query, Kept<Scores>& kept) const {
+    FA_UNROLL
+    for (uint32_t& bits : kept.bits) bits = 0;
+    Scores::for_each_patch([&](int row, int col, const int(&reg)[8]) {
+      const bool odd = row % 2 != 0;
+      uint32_t bits[4];
+      dropout.patch(query + col + int(odd), work.key_begin + row % kN, bits);
+      FA_UNROLL
+      for (int half = 0; half < 2; ++half) {  // queries c and c + 1, then c + 8 and c + 9
+        const uint32_t left = __byte_perm(bits[2 * half], bits[2 * half + 1], 0x5410);
+        const uint32_t right = __byte_perm(bits[2 * half], bits[2 * half + 1], 0x7632);
+        const uint32_t given = __shfl_xor_sync(0xffffffffu, odd ? left : right, 4), mine = odd ? right : left;
+        const uint32_t first = odd ? given : mine, second = odd ? mine : given;
+        const int at = 2 * half;
+        if (dropout.keeps(first)) kept.keep(reg[at]);
+        if (dropout.keeps(first >> 16)) kept.keep(reg[at + 4]);
+        if (dropout.keeps(second)) kept.keep(reg[at + 1]);
+        if (dropout.keeps(second >> 16)) kept.keep(reg[at + 5]);
+      }
+    });
+  }
+  // What dropout leaves of x, times `scale`.
+  template <class Scores>
+  static FA_DEVICE void drop(const Kept<Scores>& kept, float scale, Scores& x) {
+    Scores::for_each([&](int, int, int, int reg) {
+      x[reg] = kept.keeps(reg) ? x[reg] * scale : 0.0f;
+    });
   }
 
   // 16 rows of dS^T of a warp, as a left factor has them, to shared memory, from row `first` on: rows of keys, in
