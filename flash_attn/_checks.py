@@ -43,29 +43,23 @@ def tensor(name: str, x: Any, shape: Sequence[str]) -> None:
         fail(name, f"must have {len(shape)} dimensions [{', '.join(shape)}]", f"shape {list(x.shape)}", "reshape it")
 
 
-def _same(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    if x.dtype != other.dtype:
-        fail(name, f"dtype must be that of {other_name}, {other.dtype}", x.dtype, "convert one of them")
-    if x.device != other.device:
-        fail(name, f"device must be that of {other_name}, {other.device}", x.device, "move one of them")
-
-
-def _float_input(name: str, x: Tensor) -> None:
-    if x.dtype not in DTYPES:
-        fail(name, "dtype must be float16, bfloat16, float32 or float64", x.dtype, "convert with .to(dtype)")
-    if x.device.type not in _library.DEVICE_TYPES:
+def _float_input(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    if dtype not in DTYPES:
+        fail(name, "dtype must be float16, bfloat16, float32 or float64", dtype, "convert with .to(dtype)")
+    device_type = device.type
+    if device_type not in _library.DEVICE_TYPES:
         built = ", ".join(sorted(_library.DEVICE_TYPES - {"meta"}))
-        fail(name, f"device must be one this build has kernels for: {built}", x.device, "move it, or rebuild for it")
-    if x.dtype == torch.float64 and x.device.type == "cuda":
-        fail(name, "float64 runs on the CPU only", f"device {x.device}", "use float32 or move it to the CPU")
+        fail(name, f"device must be one this build has kernels for: {built}", device, "move it, or rebuild for it")
+    if dtype == torch.float64 and device_type == "cuda":
+        fail(name, "float64 runs on the CPU only", f"device {device}", "use float32 or move it to the CPU")
 
 
-def _head_dim(name: str, x: Tensor) -> None:
-    head_dim = x.shape[-1]
+def _head_dim(name: str, shape: torch.Size) -> None:
+    heads, head_dim = shape[-2:]
     if head_dim > MAX_HEAD_DIM:
         fail(name, f"head_dim must be at most {MAX_HEAD_DIM}", head_dim, "pad or split the heads")
-    if head_dim < 1 or x.shape[-2] < 1:
-        fail(name, "needs at least one head and one element in a head", f"shape {list(x.shape)}", "check the view")
+    if head_dim < 1 or heads < 1:
+        fail(name, "needs at least one head and one element in a head", f"shape {list(shape)}", "check the view")
 
 
 def qkv(q: Any, k: Any, v: Any, names: Sequence[str] = ("q", "k", "v"), packed: bool = False) -> None:
@@ -91,15 +85,22 @@ def paged(q: Any, k: Any, v: Any, names: Sequence[str] = ("q", "k", "v"), packed
 
 def _all_alike(q: Tensor, k: Tensor, v: Tensor, names: Sequence[str]) -> None:
     """What padded, packed and paged inputs share: dtypes, devices, head dimensions, heads."""
-    _float_input(names[0], q)
-    _head_dim(names[0], q)
-    for name, x in zip(names[1:], (k, v), strict=True):
-        _same(name, x, names[0], q)
-        if x.shape[-1] != q.shape[-1]:
-            fail(name, f"head_dim must be that of {names[0]}, {q.shape[-1]}", x.shape[-1], "pad the smaller one")
-    if v.shape != k.shape:
-        fail(names[2], f"shape must be that of {names[1]}, {list(k.shape)}", list(v.shape), "check both views")
-    heads(names[1], k.shape[-2], q.shape[-2])
+    # Every call pays for what it asks of a tensor, more so in a torch function mode: each thing once.
+    dtype, device, shape = q.dtype, q.device, q.shape
+    _float_input(names[0], dtype, device)
+    _head_dim(names[0], shape)
+    head_dim, shapes = shape[-1], [k.shape, v.shape]
+    for name, x, its_shape in zip(names[1:], (k, v), shapes, strict=True):
+        its_dtype, its_device = x.dtype, x.device
+        if its_dtype != dtype:
+            fail(name, f"dtype must be that of {names[0]}, {dtype}", its_dtype, "convert one of them")
+        if its_device != device:
+            fail(name, f"device must be that of {names[0]}, {device}", its_device, "move one of them")
+        if its_shape[-1] != head_dim:
+            fail(name, f"head_dim must be that of {names[0]}, {head_dim}", its_shape[-1], "pad the smaller one")
+    if shapes[1] != shapes[0]:
+        fail(names[2], f"shape must be that of {names[1]}, {list(shapes[0])}", list(shapes[1]), "check both views")
+    heads(names[1], shapes[0][-2], shape[-2])
 
 
 def heads(name: str, heads_kv: int, heads_q: int) -> None:
@@ -159,14 +160,16 @@ def window(window_size: Any, causal: bool) -> tuple[int, int]:
     """(left, right), each -1 (unbounded) or at least 0, with causal folded into right."""
     if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
         fail_type("window_size", "a pair (left, right)", window_size, "pass (-1, -1) for no window")
-    bounds = []
-    for side, bound in zip(("left", "right"), window_size, strict=True):
-        bound = integer(f"window_size {side}", bound, "an int", "pass -1 for no bound")
-        if bound < -1:
-            fail(f"window_size {side}", "must be -1 (no bound) or at least 0", bound, "pass -1 for no bound")
-        bounds.append(-1 if bound >= UNBOUNDED_WINDOW else bound)
-    left, right = bounds
+    left, right = window_size
+    left, right = _window_bound("window_size left", left), _window_bound("window_size right", right)
     return left, 0 if causal else right
+
+
+def _window_bound(name: str, bound: Any) -> int:
+    bound = integer(name, bound, "an int", "pass -1 for no bound")
+    if bound < -1:
+        fail(name, "must be -1 (no bound) or at least 0", bound, "pass -1 for no bound")
+    return -1 if bound >= UNBOUNDED_WINDOW else bound
 
 
 def alibi(slopes: Any, q: Tensor, batch: int) -> Tensor | None:
