@@ -45,6 +45,9 @@ struct Backend {
   Workspace (*plan_forward)(ForwardParams& params, const Queue& queue);
   void (*forward)(ForwardParams params, void* workspace, const Queue& queue);
 
+  // Whether the forward of these params, which have a block table, can read the pages where they are.
+  bool (*reads_pages)(const ForwardParams& params, const Queue& queue);
+
   Workspace (*plan_backward)(BackwardParams& params, const Queue& queue);
   void (*backward)(BackwardParams params, void* workspace, const Queue& queue);
 

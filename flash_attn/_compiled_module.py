@@ -17,13 +17,18 @@ from flash_attn._ops import innermost_contiguous
 
 
 def _run_forward(
-    q: Tensor, k: Tensor, v: Tensor, place: Tensor | None, tensors: _ops.Tensors, options: _ops.Options
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    place: Tensor | None,
+    tensors: _ops.Tensors,
+    options: _ops.Options,
+    block_table: Tensor | None = None,
 ) -> list[Tensor]:
     """[out, softmax_lse, S_dmask, rng_state], with out copied into `place` where the caller has one."""
     if place is not None:
         _check_like("out", place, "q", q)
-    q, k, v = innermost_contiguous(q), innermost_contiguous(k), innermost_contiguous(v)
-    out, softmax_lse, s_dmask = _ops.forward(q, k, v, tensors, options)
+    out, softmax_lse, s_dmask = _ops.forward(q, k, v, tensors, options, block_table)
     rng_state = tensors.rng_state
     if rng_state is None:  # clients save it whether or not there is dropout
         rng_state = torch.zeros(2, dtype=torch.int64, device=q.device)
@@ -131,7 +136,7 @@ def varlen_fwd(
         check.fail("leftpad_k", "is not supported for packed keys", "a tensor", "start cu_seqlens_k behind the padding")
     max_seqlen_q = check.max_seqlen("max_seqlen_q", max_seqlen_q)
     max_seqlen_k = check.max_seqlen("max_seqlen_k", max_seqlen_k)
-    k, v, where = prepare.sequences(
+    where = prepare.sequences(
         q,
         k,
         v,
@@ -155,7 +160,7 @@ def varlen_fwd(
     )
     check.gpu_generator("generator", generator)
     tensors = prepare.tensors(q, where.batch, options.dropout_p, *where, alibi_slopes=alibi_slopes, generator=generator)
-    return _run_forward(q, k, v, out, tensors, options)
+    return _run_forward(q, k, v, out, tensors, options, block_table)
 
 
 def bwd(
@@ -227,7 +232,7 @@ def varlen_bwd(
     _library.require()
     max_seqlen_q = check.max_seqlen("max_seqlen_q", max_seqlen_q)
     max_seqlen_k = check.max_seqlen("max_seqlen_k", max_seqlen_k)
-    _, _, where = prepare.sequences(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    where = prepare.sequences(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     options = prepare.options(
         q,
         max_seqlen_q,

@@ -8,7 +8,7 @@ from torch import Tensor
 from flash_attn import _checks as check
 from flash_attn import _library
 from flash_attn import _prepare as prepare
-from flash_attn._ops import forward, innermost_contiguous
+from flash_attn._ops import forward, gather_pages
 from flash_attn.ops.triton.rotary import rotate
 
 
@@ -43,9 +43,10 @@ def flash_attn_with_kvcache(
         rotary_cos, rotary_sin: [seqlen_rotary, rotary_dim / 2]. k's row i is rotated to position cache_seqlens + i
             before it is stored; q's row i to the same where causal or a window is on, else to cache_seqlens.
         cache_seqlens: keys in the cache before the call, one int or int32 [batch]; None: the cache is full.
-        cache_batch_idx: int32 [batch], the cache row of each sequence. The rows are gathered into a copy.
+        cache_batch_idx: int32 [batch], the cache row of each sequence.
         cache_leftpad: int32 [batch], keys at the start of each cache row to skip (gathers a copy).
-        block_table: int32 [batch, pages], the pages of each sequence (gathered into a copy).
+        block_table: int32 [batch, pages], the pages of each sequence. Hopper reads them where they lie if a page has a
+            multiple of 8 keys, as it does the rows of cache_batch_idx (docs/hopper.md); else they are gathered.
         softmax_scale, causal, window_size, softcap, alibi_slopes: as in `flash_attn_func`; seqlen_k is the number of
             keys after appending, less the left padding.
         num_splits: kept for callers' sake; the planner decides, and results never depend on it.
@@ -72,22 +73,22 @@ def flash_attn_with_kvcache(
             q, k = _rotate(q, k, rotary_cos, rotary_sin, before, local, rotary_interleaved, capacity)
         if k is not None:
             _append(k_cache, v_cache, k, v, before, cache_batch_idx, block_table)
-        keys, values, used = _visible_cache(
-            q.shape[0], k_cache, v_cache, cache_batch_idx, cache_leftpad, block_table, after
-        )
+        if block_table is None and cache_batch_idx is not None:
+            block_table = _cache_rows(cache_batch_idx, q.shape[0], k_cache)[:, None]  # of pages that are whole rows
+        if cache_leftpad is not None:
+            k_cache, v_cache, after = _skip_padding(q.shape[0], k_cache, v_cache, cache_leftpad, block_table, after)
+            block_table = None
         options = prepare.options(
             q,
             q.shape[1],
-            keys.shape[1],
+            capacity,
             softmax_scale=softmax_scale,
             causal=causal,
             window_size=window_size,
             softcap=softcap,
         )
-        tensors = prepare.tensors(q, q.shape[0], 0.0, seqused_k=used, alibi_slopes=alibi_slopes)
-        out, softmax_lse, _ = forward(
-            innermost_contiguous(q), innermost_contiguous(keys), innermost_contiguous(values), tensors, options
-        )
+        tensors = prepare.tensors(q, q.shape[0], 0.0, seqused_k=after, alibi_slopes=alibi_slopes)
+        out, softmax_lse, _ = forward(q, k_cache, v_cache, tensors, options, block_table)
     return (out, softmax_lse) if return_softmax_lse else out
 
 
@@ -130,12 +131,12 @@ def _lengths(cache_seqlens: int | Tensor | None, q: Tensor, most: int) -> Tensor
 
 
 def _cache_rows(cache_batch_idx: Tensor | None, batch: int, k_cache: Tensor) -> Tensor:
-    """The row of the cache that each sequence lives in, int64 [batch]."""
+    """The row of the cache that each sequence lives in, int32 [batch]."""
     if cache_batch_idx is None:
-        return torch.arange(batch, device=k_cache.device)
+        return torch.arange(batch, dtype=torch.int32, device=k_cache.device)
     index = check.int32_vector("cache_batch_idx", cache_batch_idx, k_cache.device, batch)
     check.in_range("cache_batch_idx", index, 0, k_cache.shape[0] - 1, "point at existing rows")
-    return index.long()
+    return index
 
 
 def _rotate(
@@ -182,7 +183,7 @@ def _append(
         check.fail("cache_seqlens", "must be given with k and v", None, "pass the number of keys in the cache")
     position = before.long()[:, None] + torch.arange(k.shape[1], device=k.device)  # [batch, seqlen_new]
     if block_table is None:
-        index = _cache_rows(cache_batch_idx, k.shape[0], k_cache)[:, None], position
+        index = _cache_rows(cache_batch_idx, k.shape[0], k_cache).long()[:, None], position
     else:
         page_size = k_cache.shape[1]
         page = torch.gather(block_table.long(), 1, position // page_size)
@@ -191,28 +192,22 @@ def _append(
     v_cache.index_put_(index, v)
 
 
-def _visible_cache(
+def _skip_padding(
     batch: int,
     k_cache: Tensor,
     v_cache: Tensor,
-    cache_batch_idx: Tensor | None,
-    cache_leftpad: Tensor | None,
+    cache_leftpad: Tensor,
     block_table: Tensor | None,
     after: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Keys and values [batch, seqlen_k, heads_kv, dim] and how many of them are in use; the cache itself if it can."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Copies of keys and values behind the padding, [batch, seqlen_k, heads_kv, dim], and how many are in use."""
     if block_table is not None:
         capacity = block_table.shape[1] * k_cache.shape[1]
-        k_cache, v_cache = (prepare.gather_pages(cache, block_table, capacity) for cache in (k_cache, v_cache))
-    if cache_leftpad is None and cache_batch_idx is None:
-        return k_cache, v_cache, after
-    rows = _cache_rows(cache_batch_idx, batch, k_cache)
-    if cache_leftpad is None:
-        return k_cache.index_select(0, rows), v_cache.index_select(0, rows), after
+        k_cache, v_cache = (gather_pages(cache, block_table, capacity) for cache in (k_cache, v_cache))
     leftpad = check.int32_vector("cache_leftpad", cache_leftpad, k_cache.device, batch)
     seqlen = k_cache.shape[1]
     check.in_range("cache_leftpad", leftpad, 0, seqlen, "skip at most the whole cache")
-    position = (leftpad.long()[:, None] + torch.arange(seqlen, device=rows.device)).clamp(max=seqlen - 1)
-    index = rows[:, None], position
+    row = torch.arange(batch, device=leftpad.device)[:, None]
+    position = (leftpad.long()[:, None] + torch.arange(seqlen, device=leftpad.device)).clamp(max=seqlen - 1)
     used = (torch.full_like(leftpad, seqlen) if after is None else after) - leftpad
-    return k_cache[index], v_cache[index], used.clamp(min=0)
+    return k_cache[row, position], v_cache[row, position], used.clamp(min=0)

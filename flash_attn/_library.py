@@ -16,7 +16,16 @@ BACKWARD_ARGUMENTS = (
     "dout dlse q k v out softmax_lse dq dk dv cu_seqlens_q cu_seqlens_k seqused_k alibi_slopes sink rng_state "
     "max_seqlen_q max_seqlen_k softmax_scale window_left window_right softcap dropout_p deterministic performance_mode"
 )
-_EXPECTED = {"forward": FORWARD_ARGUMENTS, "backward": BACKWARD_ARGUMENTS}
+PAGES_ARGUMENTS = (
+    "q k v block_table cu_seqlens_q cu_seqlens_k seqused_k alibi_slopes sink max_seqlen_q max_seqlen_k softmax_scale "
+    "window_left window_right softcap split_size performance_mode deterministic"
+)
+_EXPECTED = {
+    "forward": FORWARD_ARGUMENTS,
+    "backward": BACKWARD_ARGUMENTS,
+    "reads_pages": PAGES_ARGUMENTS,
+    "forward_pages": PAGES_ARGUMENTS,
+}
 
 _REBUILD = "rebuild with `pip install .` in the source tree, with the Python and the torch that you run"
 

@@ -170,13 +170,69 @@ class _Attention(torch.autograd.Function):
         return _backward(ctx, *gradients)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, tensors: Tensors, options: Options) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, softmax_lse, s_dmask). Differentiable in q, k, v and the sink."""
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, tensors: Tensors, options: Options, block_table: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, softmax_lse, s_dmask). Differentiable in q, k, v and the sink.
+
+    With block_table, int32 [batch, pages], k and v are pages, [num_blocks, page_size, heads_kv, dim]: read where they
+    lie by kernels that can, elsewhere gathered.
+    """
     inputs = [x for x in (q, k, v, tensors.sink) if x is not None]
     _refuse_tangents(inputs)
     wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    if block_table is not None:
+        found = None if wants_gradient else _forward_pages(q, k, v, block_table, tensors, options)
+        if found is not None:
+            return *found, q.new_empty(0)
+        k, v = (gather_pages(cache, block_table, options.max_seqlen_k) for cache in (k, v))
+        if tensors.cu_seqlens_k is not None:
+            k, v = k.flatten(0, 1), v.flatten(0, 1)
+    q, k, v = innermost_contiguous(q), innermost_contiguous(k), innermost_contiguous(v)
     run = _Attention.apply if wants_gradient else _below_autograd
     return run(q, k, v, *tensors, *options)
+
+
+def _forward_pages(
+    q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, tensors: Tensors, options: Options
+) -> tuple[Tensor, Tensor] | None:
+    """(out, softmax_lse) of pages read where they lie, or None where they must be gathered."""
+    if torch.compiler.is_compiling() or options.dropout_p > 0.0 or 1 not in (k.stride(-1), k.shape[-1]):
+        return None
+    arguments = (
+        innermost_contiguous(q),
+        k,
+        v,
+        innermost_contiguous(block_table),
+        tensors.cu_seqlens_q,
+        tensors.cu_seqlens_k,
+        tensors.seqused_k,
+        tensors.alibi_slopes,
+        tensors.sink,
+        options.max_seqlen_q,
+        options.max_seqlen_k,
+        options.softmax_scale,
+        options.window_left,
+        options.window_right,
+        options.softcap,
+        options.split_size,
+        options.performance_mode,
+        options.deterministic,
+    )
+    if not torch.ops.flash_attn.reads_pages.default(*arguments):
+        return None
+    return torch.ops.flash_attn.forward_pages.default(*arguments)
+
+
+def gather_pages(cache: Tensor, block_table: Tensor, seqlen: int) -> Tensor:
+    """The first `seqlen` rows of every sequence, out of its pages: [batch, seqlen, heads, dim], a copy.
+
+    cache is [num_blocks, page_size, heads, dim], block_table [batch, pages] with pages enough. Entries behind a
+    sequence's end may hold anything; they are clamped into range, and the kernel never looks at what they bring.
+    """
+    position = torch.arange(seqlen, device=cache.device)
+    page = block_table.long().clamp(0, cache.shape[0] - 1)[:, position // cache.shape[1]]
+    return cache[page, position % cache.shape[1]]
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -246,6 +302,7 @@ def register() -> None:
     """Attaches the fake kernels and the gradient to the loaded operators; called once, on import."""
     torch.library.register_fake("flash_attn::forward", _fake_forward)
     torch.library.register_fake("flash_attn::backward", _fake_backward)
+    torch.library.register_fake("flash_attn::reads_pages", lambda *_: False)
     torch.library.register_autograd("flash_attn::forward", _backward, setup_context=_setup_context)
 
 

@@ -77,17 +77,6 @@ def rng_state(device: torch.device, generator: torch.Generator | None = None) ->
     return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=device, generator=generator)
 
 
-def gather_pages(cache: Tensor, block_table: Tensor, seqlen: int) -> Tensor:
-    """The first `seqlen` rows of every sequence, out of its pages: [batch, seqlen, heads, dim], a copy.
-
-    cache is [num_blocks, page_size, heads, dim], block_table [batch, pages] with pages enough. Entries behind a
-    sequence's end may hold anything; they are clamped into range, and the kernel never looks at what they bring.
-    """
-    position = torch.arange(seqlen, device=cache.device)
-    page = block_table.long().clamp(0, cache.shape[0] - 1)[:, position // cache.shape[1]]
-    return cache[page, position % cache.shape[1]]
-
-
 def check_block_table(block_table: Any, k: Tensor, batch: int, lengths: Tensor | None, longest: int) -> Tensor:
     """block_table, int32 [batch, pages], with pages enough for `longest` keys and used entries (all without lengths)
     in range."""
@@ -133,8 +122,8 @@ def sequences(
     seqused_k: Any = None,
     block_table: Any = None,
     names: tuple[str, str, str] = ("q", "k", "v"),
-) -> tuple[Tensor, Tensor, Sequences]:
-    """Checks packed inputs and returns (k, v, where the sequences lie), with pages gathered where there are any."""
+) -> Sequences:
+    """Checks packed inputs and returns where the sequences lie: with a block_table, in pages gathered end to end."""
     if block_table is None:
         check.qkv(q, k, v, names, packed=True)
     else:
@@ -150,11 +139,10 @@ def sequences(
     if seqused_k is not None:
         seqused_k = check.int32_vector("seqused_k", seqused_k, q.device, batch)
     if block_table is None:
-        return k, v, Sequences(cu_seqlens_q, cu_seqlens_k, seqused_k)
+        return Sequences(cu_seqlens_q, cu_seqlens_k, seqused_k)
 
     # Every sequence gets room for the longest, so that no length need be read back.
     lengths = cu_seqlens_k.diff() if seqused_k is None else seqused_k
-    block_table = check_block_table(block_table, k, batch, lengths, max_seqlen_k)
-    k, v = (gather_pages(cache, block_table, max_seqlen_k).flatten(0, 1) for cache in (k, v))
+    check_block_table(block_table, k, batch, lengths, max_seqlen_k)
     starts = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * max_seqlen_k
-    return k, v, Sequences(cu_seqlens_q, starts, lengths)
+    return Sequences(cu_seqlens_q, starts, lengths)

@@ -102,7 +102,6 @@ def flash_attn_func(
         return_attn_probs=return_attn_probs,
     )
     tensors = prepare.tensors(q, q.shape[0], options.dropout_p, alibi_slopes=alibi_slopes, s_aux=s_aux)
-    q, k, v = innermost_contiguous(q), innermost_contiguous(k), innermost_contiguous(v)
     result = forward(q, k, v, tensors, options)
     return result if return_attn_probs else result[0]
 
@@ -199,12 +198,13 @@ def flash_attn_varlen_func(
         k, v: [total_k, heads_kv, dim], or with block_table pages [num_blocks, page_size, heads_kv, dim].
         cu_seqlens_q, cu_seqlens_k: int32 [batch + 1] on q's device, starting with 0.
         max_seqlen_q, max_seqlen_k: at least the longest sequence's length; an int or a 0-d tensor (which is read).
-        block_table: int32 [batch, pages], the pages of each sequence in order. Pages are gathered into a copy.
+        block_table: int32 [batch, pages], the pages of each sequence in order. Read where they lie as
+            `flash_attn_with_kvcache` does, unless a gradient is wanted.
     """
     _library.require()
     max_seqlen_q = check.max_seqlen("max_seqlen_q", max_seqlen_q)
     max_seqlen_k = check.max_seqlen("max_seqlen_k", max_seqlen_k)
-    k, v, where = prepare.sequences(
+    where = prepare.sequences(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table=block_table
     )
     options = prepare.options(
@@ -220,8 +220,7 @@ def flash_attn_varlen_func(
         return_attn_probs=return_attn_probs,
     )
     tensors = prepare.tensors(q, where.batch, options.dropout_p, *where, alibi_slopes=alibi_slopes, s_aux=s_aux)
-    q, k, v = innermost_contiguous(q), innermost_contiguous(k), innermost_contiguous(v)
-    result = forward(q, k, v, tensors, options)
+    result = forward(q, k, v, tensors, options, block_table)
     return result if return_attn_probs else result[0]
 
 
@@ -247,7 +246,7 @@ def flash_attn_varlen_kvpacked_func(
     max_seqlen_q = check.max_seqlen("max_seqlen_q", max_seqlen_q)
     max_seqlen_k = check.max_seqlen("max_seqlen_k", max_seqlen_k)
     names = ("q", "kv", "kv")
-    _, _, where = prepare.sequences(
+    where = prepare.sequences(
         q, kv[:, 0], kv[:, 1], cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, names=names
     )
     options = prepare.options(
@@ -286,7 +285,7 @@ def flash_attn_varlen_qkvpacked_func(
     max_seqlen = check.max_seqlen("max_seqlen", max_seqlen)
     q, k, v = qkv[:, 0], qkv[:, 1], qkv[:, 2]
     names = ("qkv", "qkv", "qkv")
-    _, _, where = prepare.sequences(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, names=names)
+    where = prepare.sequences(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, names=names)
     options = prepare.options(
         q,
         max_seqlen,

@@ -70,7 +70,7 @@ def sdpa_forward(
 ) -> tuple[Tensor, Tensor, None, None, int, int, Tensor, Tensor, Tensor]:
     """aten::_scaled_dot_product_flash_attention. torch aligns causal masks to the top left, and calls this only for
     equal lengths, where both alignments agree."""
-    q, k, v = (_ops.innermost_contiguous(x.transpose(1, 2)) for x in (query, key, value))
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     options = _options(q, k, dropout_p, is_causal, scale, return_attn_probs=return_debug_mask)
     tensors = prepare.tensors(q, q.shape[0], options.dropout_p)
     out, lse, s_dmask = _ops.forward(q, k, v, tensors, options)

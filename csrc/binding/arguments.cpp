@@ -55,33 +55,34 @@ void read_sizes(const Arguments& arguments, AttentionParams& params) {
     refuse("cu_seqlens_k", "must be given exactly when cu_seqlens_q is", packed ? "None" : "a tensor",
            "pass both for packed sequences, neither for padded ones");
   }
-  const size_t rank = packed ? 3 : 4;
+  const OptionalTensor& table = arguments.block_table;
+  const size_t rank = packed ? 3 : 4, rank_k = table ? 4 : rank;
   const char* layout = packed ? "must have 3 dimensions, [total, heads, head_dim], when cu_seqlens_q is given"
                               : "must have 4 dimensions, [batch, seqlen, heads, head_dim]";
   if (q.size() != rank) refuse("q", layout, to_string(q), "reshape it");
-  if (k.size() != rank) refuse("k", layout, to_string(k), "reshape it");
+  if (k.size() != rank_k) refuse("k", table ? "must be pages of 4 dimensions" : layout, to_string(k), "reshape it");
   if (shape_of(arguments.v) != k) {
     refuse("v", "shape must be k's, " + to_string(k), to_string(shape_of(arguments.v)), "pass keys and values alike");
   }
 
-  const int64_t heads_q = q[rank - 2], heads_kv = k[rank - 2], head_dim = q[rank - 1];
+  const int64_t heads_q = q[rank - 2], heads_kv = k[rank_k - 2], head_dim = q[rank - 1];
   require(head_dim >= 1, "q", "head_dim must be at least 1", head_dim, "the last dimension is the head's");
   require(head_dim <= kMaxHeadDim, "q", "head_dim must be at most 256", head_dim, "split the heads");
-  require(k[rank - 1] == head_dim, "k", "head_dim must be q's", k[rank - 1], "q, k and v share one head_dim");
+  require(k[rank_k - 1] == head_dim, "k", "head_dim must be q's", k[rank_k - 1], "q, k and v share one head_dim");
   require(heads_q >= 1 && heads_q <= kMaxLength, "q", "heads must be at least 1", heads_q, "check the layout");
   require(heads_kv >= 1 && heads_q % heads_kv == 0, "k", "heads must divide q's heads", heads_kv,
           "grouped-query attention needs heads_q to be a multiple of heads_kv");
   if (packed) {
     require(arguments.cu_seqlens_q->numel() >= 1, "cu_seqlens_q", "must have batch + 1 entries", 0, "it starts with 0");
-  } else if (q[0] != k[0]) {
+  } else if (!table && q[0] != k[0]) {
     refuse("k", "batch must be q's, " + std::to_string(q[0]), std::to_string(k[0]), "pass the same batch");
   }
 
   const int64_t batch = packed ? arguments.cu_seqlens_q->numel() - 1 : q[0];
   const int64_t seqlen_q = packed ? arguments.max_seqlen_q : q[1];
-  const int64_t seqlen_k = packed ? arguments.max_seqlen_k : k[1];
+  const int64_t seqlen_k = packed || table ? arguments.max_seqlen_k : k[1];
   const int64_t total_q = packed ? q[0] : batch * seqlen_q;
-  const int64_t total_k = packed ? k[0] : batch * seqlen_k;
+  const int64_t total_k = packed && !table ? k[0] : batch * seqlen_k;
   const char* limit = "must be between 0 and 2^30";
   const char* split = "split the batch";
   require(batch <= kMaxLength, "q", "batch must be at most 2^30", batch, split);
@@ -220,6 +221,28 @@ AttentionParams read_arguments(const Arguments& arguments) {
   params.aligned = is_aligned(params.q, arguments.q, *dtype) && is_aligned(params.k, arguments.k, *dtype) &&
                    is_aligned(params.v, arguments.v, *dtype);
   return params;
+}
+
+void read_pages(const Arguments& arguments, ForwardParams& params) {
+  if (!arguments.block_table) return;
+  const Tensor& table = *arguments.block_table;
+  require_beside("block_table", table, arguments.q);
+  require_dtype("block_table", table, aoti_torch_dtype_int32());
+  const Shape shape = shape_of(table), pages = shape_of(arguments.k);
+  if (shape.size() != 2 || shape[0] != params.batch || shape[1] * pages[1] < params.seqlen_k) {
+    refuse("block_table",
+           "must have a row for each of " + std::to_string(params.batch) + " sequences, of pages for " +
+               std::to_string(params.seqlen_k) + " keys",
+           to_string(shape), "add columns");
+  }
+  require(shape[1] <= 1 || table.stride(1) == 1, "block_table", "the last dimension's stride must be 1",
+          table.stride(1), "call .contiguous()");
+  require(pages[0] >= 1 && pages[0] <= kMaxLength && pages[1] >= 1 && pages[1] <= kMaxLength, "k",
+          "there must be 1 to 2^30 pages of 1 to 2^30 keys", pages[0] * pages[1], "check the cache");
+  params.block_table = static_cast<const int32_t*>(table.data_ptr());
+  params.block_table_stride = table.stride(0);
+  params.pages = static_cast<int>(pages[0]);
+  params.page_size = static_cast<int>(pages[1]);
 }
 
 bool is_packed(const AttentionParams& params) { return params.cu_seqlens_q != nullptr; }

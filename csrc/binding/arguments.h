@@ -6,10 +6,12 @@
 
 namespace flash_attn {
 
+inline const OptionalTensor kNoTensor;
+
 // The arguments that forward and backward share, as torch hands them over; names as in the operators' schemas.
 struct Arguments {
   const Tensor& q;  // [batch, seqlen_q, heads_q, head_dim], or [total_q, heads_q, head_dim] when packed
-  const Tensor& k;  // [batch, seqlen_k, heads_kv, head_dim], or [total_k, heads_kv, head_dim]
+  const Tensor& k;  // [batch, seqlen_k, heads_kv, head_dim], or [total_k, heads_kv, head_dim], or pages of a table
   const Tensor& v;  // k's shape
   const OptionalTensor& cu_seqlens_q;  // int32 [batch + 1]
   const OptionalTensor& cu_seqlens_k;  // int32 [batch + 1]
@@ -22,10 +24,14 @@ struct Arguments {
   int64_t window_left, window_right;
   double softcap, dropout_p;
   bool performance_mode;
+  const OptionalTensor& block_table = kNoTensor;  // int32 [batch, pages], the last stride 1
 };
 
-// Everything but out and lse. Throws std::invalid_argument, saying argument, wanted, got and fix.
+// Everything but out, lse and what a block table says. Throws std::invalid_argument, saying argument, wanted, got and fix.
 AttentionParams read_arguments(const Arguments& arguments);
+
+// What it says.
+void read_pages(const Arguments& arguments, ForwardParams& params);
 
 // The shape of softmax_lse and delta: [batch, heads_q, seqlen_q], packed [heads_q, total_q].
 Shape rows_shape(const AttentionParams& params);

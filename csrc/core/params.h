@@ -90,6 +90,11 @@ struct ForwardParams : AttentionParams {
   bool rows_are_heads;
   // Zero on entry: blocks that take one tile after another count here those taken. Null: tiles are dealt out.
   uint32_t* tiles_taken;
+  // Keys and values in pages, [pages, page_size, heads_kv, head_dim]: row r of a sequence is row r % page_size of page
+  // block_table[batch, r / page_size], cu_seqlens_k telling lengths only. Null: padded or packed.
+  const int32_t* block_table;
+  int64_t block_table_stride;
+  int pages, page_size;
 };
 
 struct BackwardParams : AttentionParams {

@@ -45,6 +45,7 @@ struct KernelInfo {
   void (*launch)(const void* params, int64_t blocks, int shared_bytes, void* stream);
   bool persistent;      // its thread blocks take one block of work after another
   bool takes_any_rows;  // of any alignment, though not modified
+  bool reads_pages;     // keys and values by a block table, where rows allow 16-byte access
 };
 
 // The instances of one machine code: "sm80", "gfx90a", "x86-64-v3", ...

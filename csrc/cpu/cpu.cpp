@@ -158,6 +158,8 @@ const KernelInfo& preprocess_kernel(const BackwardParams& p) {
 }
 const KernelInfo& finish_kernel(const BackwardParams& p) { return find(KernelKind::kFinishDq, p.dtype, p.head_dim); }
 
+bool reads_pages(const ForwardParams&, const Queue&) { return false; }
+
 Workspace plan_backward(BackwardParams& p, const Queue& queue) {
   p.head_group = p.heads_kv * p.batch;  // threads take different heads, and need not wait for their turns at dQ
   const BackwardBytes bytes(p, backward_kernel(p), finish_kernel(p), queue);
@@ -196,7 +198,8 @@ const char* describe(const Queue& queue) {
 
 void check_device(int) {}
 
-const Backend kCpuBackend = {"cpu", check_device, plan_forward, forward, plan_backward, backward, key_block, describe};
+const Backend kCpuBackend = {"cpu",         check_device, plan_forward, forward, reads_pages,
+                             plan_backward, backward,     key_block,    describe};
 
 }  // namespace
 

@@ -48,6 +48,12 @@ constexpr bool kTakesAnyRows = false;
 template <class K>
 constexpr bool kTakesAnyRows<K, std::void_t<decltype(K::kTakesAnyRows)>> = K::kTakesAnyRows;
 
+// And may read keys and values by a block table.
+template <class K, class = void>
+constexpr bool kReadsPages = false;
+template <class K>
+constexpr bool kReadsPages<K, std::void_t<decltype(K::kReadsPages)>> = K::kReadsPages;
+
 template <class K>
 KernelInfo kernel_info(const KernelKey& key) {
   KernelInfo info{};
@@ -60,6 +66,7 @@ KernelInfo kernel_info(const KernelKey& key) {
   info.stash_device_bytes = kStashDeviceBytes<K>;
   info.persistent = kPersistent<K>;
   info.takes_any_rows = kTakesAnyRows<K>;
+  info.reads_pages = kReadsPages<K>;
   info.blocks = blocks_of<K>;
   info.device = Launcher<K>::device();
   info.launch = Launcher<K>::kLaunch;

@@ -335,6 +335,11 @@ void forward(ForwardParams p, void* workspace, const Queue& queue) {
   if (usual.takes_any_rows) launch_one(usual);
 }
 
+bool reads_pages(const ForwardParams& p, const Queue& queue) {
+  const bool boxes_fit = p.page_size % 8 == 0 || p.seqlen_k <= p.page_size;  // shared memory is swizzled by eight rows
+  return p.aligned && boxes_fit && forward_kernel(p, queue).reads_pages;
+}
+
 // ---- backward ------------------------------------------------------------------------------------------------------
 
 // A persistent kernel writes dq itself. Where heads are alike and many, at the ends of blocks, of heads all of whose
@@ -439,7 +444,8 @@ const char* describe(const Queue& queue) {
   return text;
 }
 
-const Backend kGpuBackend = {"cuda", check_device, plan_forward, forward, plan_backward, backward, key_block, describe};
+const Backend kGpuBackend = {"cuda", check_device, plan_forward, forward, reads_pages,
+                              plan_backward, backward, key_block, describe};
 
 }  // namespace
 

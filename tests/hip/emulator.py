@@ -79,7 +79,8 @@ class ForwardParams(AttentionParams):
         ("deterministic", ctypes.c_bool),
         *_fields(ctypes.c_int64, "partial_out partial_max partial_sum s_dmask"),
         ("rows_are_heads", ctypes.c_bool),
-        ("tiles_taken", ctypes.c_int64),
+        *_fields(ctypes.c_int64, "tiles_taken block_table block_table_stride"),
+        *_fields(ctypes.c_int32, "pages page_size"),
     ]
 
 

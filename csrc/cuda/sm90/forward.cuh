@@ -34,6 +34,7 @@ struct Forward {
   static constexpr int kThreads = (kGroups + 1) * 128;
 
   static constexpr bool kQueriesInRegisters = Tuning::kQueriesInRegisters;  // as a factor; else in shared memory
+  static constexpr bool kReadsPages = true;
   static constexpr bool kScored = MODIFIERS == Modifiers::kAny, kSoftcap = MODIFIERS == Modifiers::kSoftcap;
   static constexpr bool kPairs = Tuning::kPairs && MODIFIERS == Modifiers::kNone;  // a scored one spills
   // Asks ScoreLimits, and awaits the values half-way through the softmax. Scored ones have no registers for it.
@@ -76,7 +77,7 @@ struct Forward {
   // Where a head's tiles all see the same keys and there is an even number of them: two thread blocks, a cluster, take
   // neighbouring tiles, and each loads half of the keys' columns for both. That halves the traffic from the L2 cache.
   static bool in_pairs(const ForwardParams& p) {
-    return kPairs && !blocks_differ(p) && ceil_div(p.seqlen_q, kM) % 2 == 0;
+    return kPairs && p.block_table == nullptr && !blocks_differ(p) && ceil_div(p.seqlen_q, kM) % 2 == 0;
   }
 
   struct Launched {
@@ -191,7 +192,7 @@ struct Forward {
       const Tile next(p, work);
       if (next.has_rows() || next.clears(p)) {
         if (lane < kGroups) message(turn, lane) = {next, Share(p, next, lane)};
-        tile = load(next, tile, turn, place);
+        tile = p.block_table == nullptr ? load<false>(next, tile, turn, place) : load<true>(next, tile, turn, place);
         turn.step();
       } else {
         tile = following(tile);
@@ -216,6 +217,7 @@ struct Forward {
   }
 
   // Returns the tile to follow, asked for in time to hide the answer's latency.
+  template <bool PAGES>
   FA_DEVICE uint32_t load(const Tile& next, uint32_t tile, const Turn& turn, Place& place) {
     if (!next.has_keys()) {
       announce(turn);
@@ -223,14 +225,21 @@ struct Forward {
     }
     const int batch = p.cu_seqlens_q ? 0 : next.work.batch, kv_head = next.work.head / (p.heads_q / p.heads_kv);
     uint32_t following = 0;
+    const auto load_keys = [&](const CUtensorMap& map, uint32_t dst, Barrier& full, Barrier& free, uint32_t phase,
+                               int key) {
+      free.wait(phase ^ 1);
+      if (PAGES) {
+        load_pages(map, dst, full, next.work.batch, key, kv_head);
+      } else {
+        load_rows(map, dst, full, int(next.seq.first_k) + key, kv_head, batch);
+      }
+    };
     for (int key = next.keys.begin; key < next.keys.end; key += kN) {
-      const int stage = place.at, row = int(next.seq.first_k) + key;
+      const int stage = place.at;
       if (key + kN >= next.keys.end) following = this->following(tile);
-      load_keys(launched.k, k_address(stage), barriers.k_full[stage], barriers.k_free[stage], place.phase, row, kv_head,
-                batch);
+      load_keys(launched.k, k_address(stage), barriers.k_full[stage], barriers.k_free[stage], place.phase, key);
       if (key == next.keys.begin) load_queries(next, turn, batch);
-      load_keys(launched.v, v_address(stage), barriers.v_full[stage], barriers.v_free[stage], place.phase, row, kv_head,
-                batch);
+      load_keys(launched.v, v_address(stage), barriers.v_full[stage], barriers.v_free[stage], place.phase, key);
       place.step(kStages);
     }
     return following;
@@ -250,9 +259,7 @@ struct Forward {
     }
   }
 
-  FA_DEVICE void load_keys(const CUtensorMap& map, uint32_t dst, Barrier& full, Barrier& free, uint32_t phase, int row,
-                           int head, int batch) const {
-    free.wait(phase ^ 1);
+  FA_DEVICE void load_rows(const CUtensorMap& map, uint32_t dst, Barrier& full, int row, int head, int batch) const {
     if (!first_lane()) return;
     full.arrive_expecting(kKBytes);
     if (pairs) {
@@ -264,6 +271,17 @@ struct Forward {
       for (int panel = 0; panel < kPanels; ++panel) {
         load_box(dst + panel * kKPanel, map, full, panel * 64, row, head, batch);
       }
+    }
+  }
+  // A lane for each box of rows.
+  FA_DEVICE void load_pages(const CUtensorMap& map, uint32_t dst, Barrier& full, int batch, int key, int head) const {
+    const int rows = rows_of_page_box(p, kN), first = int(threadIdx.x) % 32 * rows;
+    if (first_lane()) full.arrive_expecting(kKBytes);
+    __syncwarp();
+    if (first >= kN) return;
+    const PageBox box(p, batch, key + first);
+    for (int panel = 0; panel < kPanels; ++panel) {
+      load_box(dst + panel * kKPanel + first * 128, map, full, panel * 64, box.row, head, box.page);
     }
   }
   // What the warp has read may be overwritten.

@@ -31,6 +31,7 @@ struct Fp32Forward {
   static constexpr int kThreads = (kWarps + kLoaders) * 32;
   static constexpr int kLoaderRegisters = D == 192 ? 64 : 56, kConsumerRegisters = 256 - kLoaderRegisters;
   static constexpr bool kTakesAnyRows = true;  // of any alignment
+  static constexpr bool kReadsPages = true;
 
   using Work = ForwardWork<kM>;
   using Tile = ForwardTile<kM, kN>;
@@ -151,8 +152,14 @@ struct Fp32Forward {
       if (p.aligned && ahead.key < end && first_lane()) {
         Barrier& copied = control.copied[raw_ahead.at][warp];
         copied.arrive_expecting(kShare * D * 4);
-        load_box(shared_address(raw_rows(raw_ahead.at, first)), ahead.values ? launched.v : launched.k, copied, 0,
-                 first_k + ahead.key, kv_head, p.cu_seqlens_k ? 0 : tile.work.batch);
+        const uint32_t dst = shared_address(raw_rows(raw_ahead.at, first));
+        const CUtensorMap& map = ahead.values ? launched.v : launched.k;
+        if (p.block_table == nullptr) {
+          load_box(dst, map, copied, 0, first_k + ahead.key, kv_head, p.cu_seqlens_k ? 0 : tile.work.batch);
+        } else {
+          const PageBox box(p, tile.work.batch, ahead.key);
+          load_box(dst, map, copied, 0, box.row, kv_head, box.page);
+        }
       }
       ahead.step();
       raw_ahead.step(ring.raws);

@@ -45,7 +45,7 @@ struct KeyShare {
     all_end = mask.row_end(row);
     blocks_before = tile.has_keys() ? ceil_div(begin - tile.keys.begin, BLOCK_N) : 0;
     blocks_after = tile.has_keys() ? ceil_div(tile.keys.end, BLOCK_N) - ceil_div(end, BLOCK_N) : 0;
-    const bool foreign = p.cu_seqlens_q != nullptr || p.seqused_k != nullptr;
+    const bool foreign = p.cu_seqlens_q != nullptr || p.seqused_k != nullptr || p.block_table != nullptr;
     values = foreign ? min_int(BLOCK_N, mask.len_k - (end - 1) / BLOCK_N * BLOCK_N) : BLOCK_N;
   }
   FA_DEVICE bool has_keys() const { return begin < end; }
