@@ -204,9 +204,7 @@ def flash_attn_varlen_func(
     _library.require()
     max_seqlen_q = check.max_seqlen("max_seqlen_q", max_seqlen_q)
     max_seqlen_k = check.max_seqlen("max_seqlen_k", max_seqlen_k)
-    where = prepare.sequences(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table=block_table
-    )
+    where = prepare.sequences(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table=block_table)
     options = prepare.options(
         q,
         max_seqlen_q,

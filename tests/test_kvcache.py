@@ -101,6 +101,57 @@ def test_pages(device, page_size):
         assert torch.equal(gathered, cache)
 
 
+@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("page_size", [8, 16, 24, 64, 128, 320, 1000])
+def test_pages_have_the_bits_of_a_contiguous_cache(device, page_size, dim):
+    """One query and several, masks and modifiers; what is in use lies among NaN, and the table ends in anything."""
+    lengths = [1000, 1, 333, 0]
+    pages = -(-max(lengths) // page_size)
+    table = torch.randperm(5 * pages)[: 4 * pages].view(4, pages)
+    for dtype in (torch.bfloat16, torch.float32):
+        pool = torch.full((2, 5 * pages, page_size, 2, dim), torch.nan).to(device, dtype)
+        cache = torch.full((2, 4, pages * page_size, 2, dim), torch.nan).to(device, dtype)
+        for b, length in enumerate(lengths):
+            rows = torch.randn(2, length, 2, dim).to(device, dtype)
+            cache[:, b, :length] = rows
+            for page in range(-(-length // page_size)):
+                part = rows[:, page * page_size : (page + 1) * page_size]
+                pool[:, table[b, page], : part.shape[1]] = part
+        used = torch.tensor(lengths, dtype=torch.int32, device=device)
+        places = table.int().to(device)
+        for b, length in enumerate(lengths):
+            places[b, -(-length // page_size) :] = torch.tensor([10**6, -1, -(10**9)])[b % 3]
+        for rows, arguments in (
+            (1, {}),
+            (1, {"window_size": (300, 0), "softcap": 5.0}),
+            (130, {"causal": True}),
+            (70, {"causal": True, "alibi_slopes": torch.rand(8, device=device)}),
+        ):
+            q = torch.randn(4, rows, 8, dim).to(device, dtype)
+            expected, lse = flash_attn_with_kvcache(q, *cache, cache_seqlens=used, return_softmax_lse=True, **arguments)
+            settings = {"cache_seqlens": used, "block_table": places, "return_softmax_lse": True, **arguments}
+            found, found_lse = flash_attn_with_kvcache(q, *pool, **settings)
+            assert torch.equal(found, expected) and torch.equal(found_lse, lse)
+
+
+def test_hopper_reads_pages_where_they_lie(device):
+    """No copy: what a decoding step allocates is small beside the cache."""
+    if device != "cuda" or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("only Hopper's own loops do")
+    cache = torch.randn(2, 64, 1024, 4, 128, device=device, dtype=torch.bfloat16)
+    q = torch.randn(8, 1, 16, 128, device=device, dtype=torch.bfloat16)
+    used = torch.full((8,), 1000, dtype=torch.int32, device=device)
+    table = torch.randperm(8 * 64, device=device, dtype=torch.int32).view(8, 64)
+    rows = torch.tensor([5, 1, 63, 0, 7, 40, 41, 2], dtype=torch.int32, device=device)
+    pages = cache.view(2, 64 * 64, 16, 4, 128)
+    for caches, where in ((pages, {"block_table": table}), (cache, {"cache_batch_idx": rows})):
+        flash_attn_with_kvcache(q, *caches, cache_seqlens=used, **where)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        flash_attn_with_kvcache(q, *caches, cache_seqlens=used, **where)
+        assert torch.cuda.max_memory_allocated() - before < 2**22  # gathered, 16 MiB
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
 def test_rotary(device, interleaved, causal):

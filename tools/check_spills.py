@@ -21,14 +21,12 @@ from tools.build.instances import FAMILIES, Instance, InstanceFile
 # Spill stores, in bytes, that a kernel may have. The plain forward of sm80 at 128 needs some ten words more than the
 # 255 registers of a thread; what it spills is read once a key block, outside the multiplies. Sharing address registers
 # between K and V avoids it, and costs a tenth of the speed: their fragments then need moves. The fp32 backward keeps
-# two to five words of addresses there, Hopper's scored fp32 forward eight; Hopper's forward at 96 one, once a tile.
+# two to five words of addresses there, Hopper's scored fp32 forward eight.
 ALLOWED_BYTES = {
     "forward_bf16_d128_plain": 80,
     "forward_fp16_d128_plain": 80,
     "backward_fp32_d128_plain": 24,
     "forward_fp32_d128_scored": 32,
-    "forward_bf16_d96_plain": 4,
-    "forward_fp16_d96_plain": 4,
 }
 
 HEADER = re.compile(r"Compiling entry function '(?P<entry>\w+)' for '(?P<arch>\w+)'")

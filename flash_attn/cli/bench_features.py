@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flash_attn import flash_attn_func, flash_attn_varlen_func
+from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from flash_attn.cli.measure import Call, Clock, Contender, measure
 from flash_attn.cli.peers import DTYPES, OURS, PEERS, prepare_backward, prepare_forward, sdpa_context
 from flash_attn.cli.terminal import Table, title
@@ -226,11 +226,21 @@ def show_features(table: Table, rows: Sequence[Row]) -> None:
 
 # ---- decoding --------------------------------------------------------------------------------------------------------
 
-# How this package decodes: keys split as fills the machine, never split, split at fixed places.
-DECODERS: dict[str, tuple[bool, int | None]] = {
-    OURS: (False, None),
-    "deterministic": (True, None),
-    "split_size 2048": (True, 2048),
+
+class Decoder(NamedTuple):
+    """How this package decodes."""
+
+    deterministic: bool = False
+    split_size: int | None = None
+    page_size: int | None = None  # of a cache in pages, in random order
+
+
+# Keys split as fills the machine, from pages likewise, never split, split at fixed places.
+DECODERS = {
+    OURS: Decoder(),
+    "pages of 16": Decoder(page_size=16),
+    "deterministic": Decoder(deterministic=True),
+    "split_size 2048": Decoder(deterministic=True, split_size=2048),
 }
 
 
@@ -269,7 +279,7 @@ def measure_decoding(
 def decoders(peers: Sequence[str], device: torch.device) -> dict[str, Callable[[], AbstractContextManager]]:
     """Contenders, and what they are called in."""
     found: dict[str, Callable[[], AbstractContextManager]] = {
-        name: partial(folded_in, split_size) for name, (_, split_size) in DECODERS.items()
+        name: partial(folded_in, decoder.split_size) for name, decoder in DECODERS.items()
     }
     return found | {name: partial(sdpa_context, PEERS[device.type][name]) for name in peers}
 
@@ -281,7 +291,12 @@ def prepare_decoding(name: str, cache: Cache, sizes: Sizes, dtype: torch.dtype, 
     q = new(cache.batch, 1, cache.heads_q, sizes.cache_dim)
     k, v = (new(cache.batch, cache.keys, cache.heads_kv, sizes.cache_dim) for _ in range(2))
     if name in DECODERS:
-        return partial(flash_attn_func, q, k, v, deterministic=DECODERS[name][0])
+        decoder = DECODERS[name]
+        if decoder.page_size is None:
+            return partial(flash_attn_func, q, k, v, deterministic=decoder.deterministic)
+        k, v = (x.view(-1, decoder.page_size, cache.heads_kv, sizes.cache_dim) for x in (k, v))
+        table = torch.randperm(k.shape[0], dtype=torch.int32, device=device).view(cache.batch, -1)
+        return partial(flash_attn_with_kvcache, q, k, v, block_table=table)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return partial(F.scaled_dot_product_attention, q, k, v, enable_gqa=cache.heads_q != cache.heads_kv)
 

@@ -144,7 +144,13 @@ struct Forward {
     if (pairs) sync_cluster();
     if (threadIdx.x >= kGroups * 128) {
       keep_registers<Tuning::kProducerRegisters>();
-      if (threadIdx.x < kGroups * 128 + 32) produce();
+      if (threadIdx.x < kGroups * 128 + 32) {
+        if (p.block_table == nullptr) {
+          produce<false>();
+        } else {
+          produce<true>();
+        }
+      }
     } else {
       take_registers<Tuning::kConsumerRegisters>();
       consume();
@@ -176,6 +182,7 @@ struct Forward {
   static_assert(sizeof(Message) <= kMessageBytes);
 
   // A warp's work. Lane g writes to warpgroup g and loads its Q.
+  template <bool PAGES>
   FA_DEVICE void produce() {
     const int lane = int(threadIdx.x) % 32;
     if (lane == 0) {
@@ -192,7 +199,7 @@ struct Forward {
       const Tile next(p, work);
       if (next.has_rows() || next.clears(p)) {
         if (lane < kGroups) message(turn, lane) = {next, Share(p, next, lane)};
-        tile = p.block_table == nullptr ? load<false>(next, tile, turn, place) : load<true>(next, tile, turn, place);
+        tile = load<PAGES>(next, tile, turn, place);
         turn.step();
       } else {
         tile = following(tile);
@@ -225,21 +232,26 @@ struct Forward {
     }
     const int batch = p.cu_seqlens_q ? 0 : next.work.batch, kv_head = next.work.head / (p.heads_q / p.heads_kv);
     uint32_t following = 0;
-    const auto load_keys = [&](const CUtensorMap& map, uint32_t dst, Barrier& full, Barrier& free, uint32_t phase,
-                               int key) {
-      free.wait(phase ^ 1);
-      if (PAGES) {
-        load_pages(map, dst, full, next.work.batch, key, kv_head);
-      } else {
-        load_rows(map, dst, full, int(next.seq.first_k) + key, kv_head, batch);
-      }
-    };
+    // In pages, a lane for each box of rows.
+    const int rows = PAGES ? rows_of_page_box(p, kN) : kN, first = PAGES ? int(threadIdx.x) % 32 * rows : 0;
+    const auto find_box = [&](int key) { return PageBox(p, next.work.batch, key + first); };
+    PageBox box;
+    if (PAGES) box = find_box(next.keys.begin);
     for (int key = next.keys.begin; key < next.keys.end; key += kN) {
-      const int stage = place.at;
+      const int stage = place.at, row = int(next.seq.first_k) + key;
+      const auto load_keys = [&](const CUtensorMap& map, uint32_t dst, Barrier& full, Barrier& free) {
+        free.wait(place.phase ^ 1);
+        if (PAGES) {
+          load_pages(map, dst, full, first, box, kv_head);
+        } else {
+          load_rows(map, dst, full, row, kv_head, batch);
+        }
+      };
       if (key + kN >= next.keys.end) following = this->following(tile);
-      load_keys(launched.k, k_address(stage), barriers.k_full[stage], barriers.k_free[stage], place.phase, key);
+      load_keys(launched.k, k_address(stage), barriers.k_full[stage], barriers.k_free[stage]);
       if (key == next.keys.begin) load_queries(next, turn, batch);
-      load_keys(launched.v, v_address(stage), barriers.v_full[stage], barriers.v_free[stage], place.phase, key);
+      load_keys(launched.v, v_address(stage), barriers.v_full[stage], barriers.v_free[stage]);
+      if (PAGES) box = find_box(key + kN);
       place.step(kStages);
     }
     return following;
@@ -273,13 +285,12 @@ struct Forward {
       }
     }
   }
-  // A lane for each box of rows.
-  FA_DEVICE void load_pages(const CUtensorMap& map, uint32_t dst, Barrier& full, int batch, int key, int head) const {
-    const int rows = rows_of_page_box(p, kN), first = int(threadIdx.x) % 32 * rows;
+  // This lane's box, which has the block's rows from `first` on.
+  FA_DEVICE void load_pages(const CUtensorMap& map, uint32_t dst, Barrier& full, int first, const PageBox& box,
+                            int head) const {
     if (first_lane()) full.arrive_expecting(kKBytes);
     __syncwarp();
     if (first >= kN) return;
-    const PageBox box(p, batch, key + first);
     for (int panel = 0; panel < kPanels; ++panel) {
       load_box(dst + panel * kKPanel + first * 128, map, full, panel * 64, box.row, head, box.page);
     }

@@ -14,8 +14,9 @@ FA_HOST_DEVICE int rows_of_page_box(const ForwardParams& p, int most) {
 // Where a box of rows from `row` of a sequence on lies. No page, which reads as zeros, behind the last key; likewise
 // where the table names one that is not there.
 struct PageBox {
-  int page, row;
-  FA_DEVICE PageBox(const ForwardParams& p, int batch, int row) : page(-1), row(row) {
+  int page = -1, row = 0;
+  PageBox() = default;
+  FA_DEVICE PageBox(const ForwardParams& p, int batch, int row) {
     if (row >= p.seqlen_k) return;
     page = p.block_table[batch * p.block_table_stride + row / p.page_size];
     this->row = row % p.page_size;
