@@ -159,11 +159,11 @@ void launch(const KernelInfo& kernel, Params& params, const Queue& queue, int mo
   if (blocks == 0) return;
   if (blocks > 0x7fffffff) throw std::invalid_argument("the call needs more than 2^31 thread blocks (split the batch)");
   const int shared_bytes = kernel.shared_bytes + more_shared_bytes;
+  if (kernel.launch != nullptr) return kernel.launch(&params, blocks, shared_bytes, queue.stream);
   if (shared_bytes > 48 * 1024) {
     check(cudaFuncSetAttribute(kernel.device, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
           "reserving shared memory");
   }
-  if (kernel.launch != nullptr) return kernel.launch(&params, blocks, shared_bytes, queue.stream);
   void* arguments[] = {&params};
   check(cudaLaunchKernel(kernel.device, dim3(unsigned(blocks)), dim3(unsigned(kernel.threads)), arguments,
                          size_t(shared_bytes), static_cast<cudaStream_t>(queue.stream)),

@@ -22,7 +22,8 @@
 namespace flash_attn {
 namespace sm90 {
 
-template <class T_, int D, Modifiers MODIFIERS>
+// PAGES: keys and values lie in pages; a kernel of its own, beside that of the instance.
+template <class T_, int D, Modifiers MODIFIERS, bool PAGES = false>
 struct Forward {
   using T = T_;
   using Params = ForwardParams;
@@ -36,7 +37,7 @@ struct Forward {
   static constexpr bool kQueriesInRegisters = Tuning::kQueriesInRegisters;  // as a factor; else in shared memory
   static constexpr bool kReadsPages = true;
   static constexpr bool kScored = MODIFIERS == Modifiers::kAny, kSoftcap = MODIFIERS == Modifiers::kSoftcap;
-  static constexpr bool kPairs = Tuning::kPairs && MODIFIERS == Modifiers::kNone;  // a scored one spills
+  static constexpr bool kPairs = Tuning::kPairs && MODIFIERS == Modifiers::kNone && !PAGES;  // a scored one spills
   // Asks ScoreLimits, and awaits the values half-way through the softmax. Scored ones have no registers for it.
   static constexpr bool kHurries = !kScored, kRescalesAtOnce = kHurries && Tuning::kRescalesAtOnce;
 
@@ -77,7 +78,7 @@ struct Forward {
   // Where a head's tiles all see the same keys and there is an even number of them: two thread blocks, a cluster, take
   // neighbouring tiles, and each loads half of the keys' columns for both. That halves the traffic from the L2 cache.
   static bool in_pairs(const ForwardParams& p) {
-    return kPairs && p.block_table == nullptr && !blocks_differ(p) && ceil_div(p.seqlen_q, kM) % 2 == 0;
+    return kPairs && !blocks_differ(p) && ceil_div(p.seqlen_q, kM) % 2 == 0;
   }
 
   struct Launched {
@@ -96,6 +97,11 @@ struct Forward {
 
   static int64_t blocks(const Params& p) { return Work::blocks(p); }
   static void launch(const void* params, int64_t blocks, int shared_bytes, void* stream) {
+    if constexpr (!PAGES) {
+      using OfPages = Forward<T, D, MODIFIERS, true>;
+      const bool in_pages = static_cast<const Params*>(params)->block_table != nullptr;
+      if (in_pages) return OfPages::launch(params, blocks, shared_bytes, stream);
+    }
     const Launched launched(*static_cast<const Params*>(params));
     const int cluster = launched.pairs ? 2 : 1;
     launch_blocks<Forward>(launched, std::min<int64_t>(blocks, multiprocessors() / cluster * cluster), cluster,
@@ -144,13 +150,7 @@ struct Forward {
     if (pairs) sync_cluster();
     if (threadIdx.x >= kGroups * 128) {
       keep_registers<Tuning::kProducerRegisters>();
-      if (threadIdx.x < kGroups * 128 + 32) {
-        if (p.block_table == nullptr) {
-          produce<false>();
-        } else {
-          produce<true>();
-        }
-      }
+      if (threadIdx.x < kGroups * 128 + 32) produce();
     } else {
       take_registers<Tuning::kConsumerRegisters>();
       consume();
@@ -182,7 +182,6 @@ struct Forward {
   static_assert(sizeof(Message) <= kMessageBytes);
 
   // A warp's work. Lane g writes to warpgroup g and loads its Q.
-  template <bool PAGES>
   FA_DEVICE void produce() {
     const int lane = int(threadIdx.x) % 32;
     if (lane == 0) {
@@ -199,7 +198,7 @@ struct Forward {
       const Tile next(p, work);
       if (next.has_rows() || next.clears(p)) {
         if (lane < kGroups) message(turn, lane) = {next, Share(p, next, lane)};
-        tile = load<PAGES>(next, tile, turn, place);
+        tile = load(next, tile, turn, place);
         turn.step();
       } else {
         tile = following(tile);
@@ -224,7 +223,6 @@ struct Forward {
   }
 
   // Returns the tile to follow, asked for in time to hide the answer's latency.
-  template <bool PAGES>
   FA_DEVICE uint32_t load(const Tile& next, uint32_t tile, const Turn& turn, Place& place) {
     if (!next.has_keys()) {
       announce(turn);

@@ -75,6 +75,11 @@ __global__ void __launch_bounds__(K::kThreads, 1) run_blocks(const __grid_consta
 // In clusters of `cluster` thread blocks.
 template <class K>
 void launch_blocks(const typename K::Launched& launched, int64_t blocks, int cluster, int shared_bytes, void* stream) {
+  const void* const kernel = reinterpret_cast<const void*>(&run_blocks<K>);
+  if (shared_bytes > 48 * 1024) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+          "reserving shared memory");
+  }
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {unsigned(cluster), 1, 1};
@@ -86,7 +91,7 @@ void launch_blocks(const typename K::Launched& launched, int64_t blocks, int clu
   config.attrs = &attribute;
   config.numAttrs = cluster > 1 ? 1 : 0;
   void* arguments[] = {const_cast<typename K::Launched*>(&launched)};
-  check(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(&run_blocks<K>), arguments), "launching a kernel");
+  check(cudaLaunchKernelExC(&config, kernel, arguments), "launching a kernel");
 }
 
 }  // namespace sm90
