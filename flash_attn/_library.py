@@ -23,7 +23,6 @@ PAGES_ARGUMENTS = (
 _EXPECTED = {
     "forward": FORWARD_ARGUMENTS,
     "backward": BACKWARD_ARGUMENTS,
-    "reads_pages": PAGES_ARGUMENTS,
     "forward_pages": PAGES_ARGUMENTS,
 }
 

@@ -197,9 +197,10 @@ def _forward_pages(
     q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, tensors: Tensors, options: Options
 ) -> tuple[Tensor, Tensor] | None:
     """(out, softmax_lse) of pages read where they lie, or None where they must be gathered."""
-    if torch.compiler.is_compiling() or options.dropout_p > 0.0 or 1 not in (k.stride(-1), k.shape[-1]):
+    strided = k.stride(-1) != 1 or v.stride(-1) != 1
+    if strided or options.dropout_p > 0.0 or torch.compiler.is_compiling():
         return None
-    arguments = (
+    out, softmax_lse = torch.ops.flash_attn.forward_pages.default(
         innermost_contiguous(q),
         k,
         v,
@@ -219,9 +220,7 @@ def _forward_pages(
         options.performance_mode,
         options.deterministic,
     )
-    if not torch.ops.flash_attn.reads_pages.default(*arguments):
-        return None
-    return torch.ops.flash_attn.forward_pages.default(*arguments)
+    return (out, softmax_lse) if out.numel() else None
 
 
 def gather_pages(cache: Tensor, block_table: Tensor, seqlen: int) -> Tensor:
@@ -302,7 +301,7 @@ def register() -> None:
     """Attaches the fake kernels and the gradient to the loaded operators; called once, on import."""
     torch.library.register_fake("flash_attn::forward", _fake_forward)
     torch.library.register_fake("flash_attn::backward", _fake_backward)
-    torch.library.register_fake("flash_attn::reads_pages", lambda *_: False)
+    torch.library.register_fake("flash_attn::forward_pages", lambda q, *_: (q.new_empty(0), q.new_empty(0)))
     torch.library.register_autograd("flash_attn::forward", _backward, setup_context=_setup_context)
 
 

@@ -75,20 +75,6 @@ std::tuple<Tensor, Tensor, Tensor> forward(
   return run(target, params, q, sink, return_s_dmask);
 }
 
-bool reads_pages(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& block_table,
-                 const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-                 const OptionalTensor& seqused_k, const OptionalTensor& alibi_slopes, const OptionalTensor& sink,
-                 int64_t max_seqlen_q, int64_t max_seqlen_k, double softmax_scale, int64_t window_left,
-                 int64_t window_right, double softcap, int64_t split_size, bool performance_mode, bool deterministic) {
-  const Target target(q);
-  const OptionalTensor table = block_table;
-  const ForwardParams params = read_forward(
-      {q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, alibi_slopes, sink, kNoTensor, max_seqlen_q, max_seqlen_k,
-       softmax_scale, window_left, window_right, softcap, 0.0, performance_mode, table},
-      split_size, deterministic);
-  return target.backend().reads_pages(params, target.queue());
-}
-
 std::tuple<Tensor, Tensor> forward_pages(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& block_table, const OptionalTensor& cu_seqlens_q,
     const OptionalTensor& cu_seqlens_k, const OptionalTensor& seqused_k, const OptionalTensor& alibi_slopes,
@@ -101,7 +87,7 @@ std::tuple<Tensor, Tensor> forward_pages(
        softmax_scale, window_left, window_right, softcap, 0.0, performance_mode, table},
       split_size, deterministic);
   if (!target.backend().reads_pages(params, target.queue())) {
-    refuse("block_table", "must be of pages that reads_pages() is true of", to_string(shape_of(k)), "gather them");
+    return {empty(q, {0}, torch_dtype(q)), empty(q, {0}, torch_dtype(q))};
   }
   const auto [out, lse, s_dmask] = run(target, params, q, sink, false);
   return {out, lse};

@@ -14,13 +14,11 @@ constexpr const char* kForward =
     "bool performance_mode, bool return_s_dmask, bool deterministic) "
     "-> (Tensor out, Tensor softmax_lse, Tensor s_dmask)";
 
-#define FLASH_ATTENTION_PAGES                                                                                        \
-  "(Tensor q, Tensor k, Tensor v, Tensor block_table, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_k, " \
-  "Tensor? alibi_slopes, Tensor? sink, SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale, "               \
-  "SymInt window_left, SymInt window_right, float softcap, int split_size, bool performance_mode, bool deterministic)"
-constexpr const char* kReadsPages = "reads_pages" FLASH_ATTENTION_PAGES " -> bool";
-constexpr const char* kForwardPages = "forward_pages" FLASH_ATTENTION_PAGES " -> (Tensor out, Tensor softmax_lse)";
-#undef FLASH_ATTENTION_PAGES
+constexpr const char* kForwardPages =
+    "forward_pages(Tensor q, Tensor k, Tensor v, Tensor block_table, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+    "Tensor? seqused_k, Tensor? alibi_slopes, Tensor? sink, SymInt max_seqlen_q, SymInt max_seqlen_k, "
+    "float softmax_scale, SymInt window_left, SymInt window_right, float softcap, int split_size, "
+    "bool performance_mode, bool deterministic) -> (Tensor out, Tensor softmax_lse)";
 
 constexpr const char* kBackward =
     "backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, "
@@ -59,7 +57,6 @@ std::string describe(std::string device_type, int64_t device_index) {
 STABLE_TORCH_LIBRARY(flash_attn, library) {
   library.def(flash_attn::kForward);
   library.def(flash_attn::kBackward);
-  library.def(flash_attn::kReadsPages);
   library.def(flash_attn::kForwardPages);
   library.def("build_info() -> str");
   library.def("key_block(str device_type, str dtype, int head_dim) -> int");
@@ -69,7 +66,6 @@ STABLE_TORCH_LIBRARY(flash_attn, library) {
 STABLE_TORCH_LIBRARY_IMPL(flash_attn, CPU, library) {
   library.impl("forward", TORCH_BOX(&flash_attn::forward));
   library.impl("backward", TORCH_BOX(&flash_attn::backward));
-  library.impl("reads_pages", TORCH_BOX(&flash_attn::reads_pages));
   library.impl("forward_pages", TORCH_BOX(&flash_attn::forward_pages));
 }
 
@@ -78,7 +74,6 @@ STABLE_TORCH_LIBRARY_IMPL(flash_attn, CPU, library) {
 STABLE_TORCH_LIBRARY_IMPL(flash_attn, CUDA, library) {
   library.impl("forward", TORCH_BOX(&flash_attn::forward));
   library.impl("backward", TORCH_BOX(&flash_attn::backward));
-  library.impl("reads_pages", TORCH_BOX(&flash_attn::reads_pages));
   library.impl("forward_pages", TORCH_BOX(&flash_attn::forward_pages));
 }
 

@@ -34,16 +34,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(
     double softmax_scale, int64_t window_left, int64_t window_right, double softcap, double dropout_p,
     int64_t split_size, bool performance_mode, bool return_s_dmask, bool deterministic);
 
-// Whether forward_pages() of these arguments can read k and v, pages [pages, page_size, heads_kv, head_dim] of the
-// sequences that block_table's rows are of, where they lie.
-bool reads_pages(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& block_table,
-                 const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-                 const OptionalTensor& seqused_k, const OptionalTensor& alibi_slopes, const OptionalTensor& sink,
-                 int64_t max_seqlen_q, int64_t max_seqlen_k, double softmax_scale, int64_t window_left,
-                 int64_t window_right, double softcap, int64_t split_size, bool performance_mode, bool deterministic);
-
-// out and softmax_lse, as forward()'s of the gathered keys and values, of which a sequence has max_seqlen_k at most;
-// packed, cu_seqlens_k says how many.
+// out and softmax_lse of keys and values in pages, [pages, page_size, heads_kv, head_dim], read where they lie; two empty
+// tensors where no kernel does that, and the caller has to gather them. A sequence has max_seqlen_k keys; packed,
+// cu_seqlens_k says how many.
 std::tuple<Tensor, Tensor> forward_pages(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& block_table, const OptionalTensor& cu_seqlens_q,
     const OptionalTensor& cu_seqlens_k, const OptionalTensor& seqused_k, const OptionalTensor& alibi_slopes,
