@@ -11,7 +11,7 @@ inline const OptionalTensor kNoTensor;
 // The arguments that forward and backward share, as torch hands them over; names as in the operators' schemas.
 struct Arguments {
   const Tensor& q;  // [batch, seqlen_q, heads_q, head_dim], or [total_q, heads_q, head_dim] when packed
-  const Tensor& k;  // [batch, seqlen_k, heads_kv, head_dim], or [total_k, heads_kv, head_dim], or pages of a table
+  const Tensor& k;  // [batch, seqlen_k, heads_kv, head_dim], or [total_k, heads_kv, head_dim], or pages
   const Tensor& v;  // k's shape
   const OptionalTensor& cu_seqlens_q;  // int32 [batch + 1]
   const OptionalTensor& cu_seqlens_k;  // int32 [batch + 1]

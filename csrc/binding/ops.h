@@ -34,9 +34,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(
     double softmax_scale, int64_t window_left, int64_t window_right, double softcap, double dropout_p,
     int64_t split_size, bool performance_mode, bool return_s_dmask, bool deterministic);
 
-// out and softmax_lse of keys and values in pages, [pages, page_size, heads_kv, head_dim], read where they lie; two empty
-// tensors where no kernel does that, and the caller has to gather them. A sequence has max_seqlen_k keys; packed,
-// cu_seqlens_k says how many.
+// out and softmax_lse of keys and values in pages, [pages, page_size, heads_kv, head_dim], read where they lie; two
+// empty tensors where no kernel does that, and the caller has to gather them. A sequence has max_seqlen_k keys;
+// packed, cu_seqlens_k says how many.
 std::tuple<Tensor, Tensor> forward_pages(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& block_table, const OptionalTensor& cu_seqlens_q,
     const OptionalTensor& cu_seqlens_k, const OptionalTensor& seqused_k, const OptionalTensor& alibi_slopes,

@@ -44,7 +44,7 @@ struct KernelInfo {
   // Launches it where that takes more than its params, `blocks` of them and `shared_bytes`; null elsewhere. Throws.
   void (*launch)(const void* params, int64_t blocks, int shared_bytes, void* stream);
   bool persistent;      // its thread blocks take one block of work after another
-  bool takes_any_rows;  // of any alignment, though not modified
+  bool takes_any_rows;  // of any alignment, by an arithmetic of its own; others leave such to modified kernels
   bool reads_pages;     // keys and values by a block table, where rows allow 16-byte access
 };
 

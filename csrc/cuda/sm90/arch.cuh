@@ -63,7 +63,8 @@ struct Sm90Scored {};
 
 template <Modifiers MODIFIERS, class T, int D>
 struct Forward<Sm90Scored<MODIFIERS>, Problem<T, D, true>>
-    : std::conditional_t<sm90::kCoversFp32<T, D>, sm90::Fp32Forward<D, MODIFIERS>, sm90::Forward<T, D, MODIFIERS>> {};
+    : std::conditional_t<sm90::kCoversFp32<T, D>, sm90::Fp32Forward<D, MODIFIERS>,
+                         sm90::Forward<T, D, MODIFIERS>> {};
 
 template <Modifiers MODIFIERS, class T, int D>
 struct Backward<Sm90Scored<MODIFIERS>, Problem<T, D, true>>
