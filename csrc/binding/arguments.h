@@ -27,7 +27,8 @@ struct Arguments {
   const OptionalTensor& block_table = kNoTensor;  // int32 [batch, pages], the last stride 1
 };
 
-// Everything but out, lse and what a block table says. Throws std::invalid_argument, saying argument, wanted, got and fix.
+// Everything but out, lse and what a block table says. Throws std::invalid_argument, saying argument, wanted, got and
+// fix.
 AttentionParams read_arguments(const Arguments& arguments);
 
 // What it says.
