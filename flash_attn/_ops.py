@@ -188,6 +188,7 @@ def forward(
         k, v = (gather_pages(cache, block_table, options.max_seqlen_k) for cache in (k, v))
         if tensors.cu_seqlens_k is not None:
             k, v = k.flatten(0, 1), v.flatten(0, 1)
+            tensors = tensors._replace(**_gathered(tensors.cu_seqlens_k, tensors.seqused_k, options.max_seqlen_k))
     q, k, v = innermost_contiguous(q), innermost_contiguous(k), innermost_contiguous(v)
     run = _Attention.apply if wants_gradient else _below_autograd
     return run(q, k, v, *tensors, *options)
@@ -221,6 +222,17 @@ def _forward_pages(
         options.deterministic,
     )
     return (out, softmax_lse) if out.numel() else None
+
+
+def cumulative(batch: int, length: int, device: torch.device) -> Tensor:
+    """cu_seqlens, int32 [batch + 1], of sequences of one length."""
+    return torch.arange(batch + 1, dtype=torch.int32, device=device) * length
+
+
+def _gathered(cu_seqlens_k: Tensor, seqused_k: Tensor | None, longest: int) -> dict[str, Tensor]:
+    """Where packed keys lie once they are gathered: each sequence has room for the longest, lest a length be read."""
+    starts = cumulative(cu_seqlens_k.shape[0] - 1, longest, cu_seqlens_k.device)
+    return {"cu_seqlens_k": starts, "seqused_k": cu_seqlens_k.diff() if seqused_k is None else seqused_k}
 
 
 def gather_pages(cache: Tensor, block_table: Tensor, seqlen: int) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flash_attn import _checks as check
 from flash_attn import modes
-from flash_attn._ops import Options, Tensors, accum_dtype
+from flash_attn._ops import Options, Tensors, accum_dtype, cumulative
 
 
 def options(
@@ -123,7 +123,7 @@ def sequences(
     block_table: Any = None,
     names: tuple[str, str, str] = ("q", "k", "v"),
 ) -> Sequences:
-    """Checks packed inputs and returns where the sequences lie: with a block_table, in pages gathered end to end."""
+    """Checks packed inputs and returns where the sequences lie; with a block_table cu_seqlens_k tells lengths only."""
     if block_table is None:
         check.qkv(q, k, v, names, packed=True)
     else:
@@ -138,11 +138,11 @@ def sequences(
         )
     if seqused_k is not None:
         seqused_k = check.int32_vector("seqused_k", seqused_k, q.device, batch)
-    if block_table is None:
-        return Sequences(cu_seqlens_q, cu_seqlens_k, seqused_k)
-
-    # Every sequence gets room for the longest, so that no length need be read back.
-    lengths = cu_seqlens_k.diff() if seqused_k is None else seqused_k
-    check_block_table(block_table, k, batch, lengths, max_seqlen_k)
-    starts = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * max_seqlen_k
-    return Sequences(cu_seqlens_q, starts, lengths)
+    if block_table is not None:
+        lengths = seqused_k
+        if lengths is None and check.values_are_readable(block_table):
+            lengths = cu_seqlens_k.diff()
+        check_block_table(block_table, k, batch, lengths, max_seqlen_k)
+        if seqused_k is not None:  # alone says how long sequences are
+            cu_seqlens_k = cumulative(batch, max_seqlen_k, q.device)
+    return Sequences(cu_seqlens_q, cu_seqlens_k, seqused_k)

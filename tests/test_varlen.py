@@ -26,6 +26,7 @@ from flash_attn import (
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
 )
+from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 from flash_attn.reference import attention_reference
 
 LENGTHS_Q, LENGTHS_K = [5, 70, 1, 0, 33], [64, 70, 9, 12, 0]
@@ -130,7 +131,20 @@ def test_pages(device, dtype, page_size):
         begin += length
     arguments = {**where, **longest(lengths_q, lengths_k), "causal": True}
     expected = flash_attn_varlen_func(q, k, v, **arguments)
-    assert torch.equal(flash_attn_varlen_func(q, *caches, **arguments, block_table=table.to(device)), expected)
+    table = table.to(device)
+    assert torch.equal(flash_attn_varlen_func(q, *caches, **arguments, block_table=table), expected)
+    used = torch.tensor(lengths_k, dtype=torch.int32, device=device)  # says it alone
+    scale, nothing = q.shape[-1] ** -0.5, torch.zeros_like(where["cu_seqlens_k"])
+    ends = where["cu_seqlens_q"], nothing
+    told = {"causal": True, "block_table": table, "seqused_k": used}
+    out = _flash_attn_varlen_forward(q, *caches, *ends, max(lengths_q), max(lengths_k), 0.0, scale, **told)[0]
+    assert torch.equal(out, expected)
+    q.requires_grad_()
+    outs = (
+        flash_attn_varlen_func(q, *keys, **arguments, block_table=where_they_are, deterministic=True)
+        for keys, where_they_are in (((k, v), None), (caches, table))
+    )
+    assert torch.equal(*(gradients(out, (q,), torch.ones_like(out))[0] for out in outs))
 
 
 def test_version_0_2_names(device):
