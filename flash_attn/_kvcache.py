@@ -71,10 +71,11 @@ def flash_attn_with_kvcache(
         if rotary_cos is not None or rotary_sin is not None:
             local = check.window(window_size, causal) != (-1, -1)
             q, k = _rotate(q, k, rotary_cos, rotary_sin, before, local, rotary_interleaved, capacity)
+        rows = None if cache_batch_idx is None else _cache_rows(cache_batch_idx, q.shape[0], k_cache)
         if k is not None:
-            _append(k_cache, v_cache, k, v, before, cache_batch_idx, block_table)
-        if block_table is None and cache_batch_idx is not None:
-            block_table = _cache_rows(cache_batch_idx, q.shape[0], k_cache)[:, None]  # of pages that are whole rows
+            _append(k_cache, v_cache, k, v, before, rows, block_table)
+        if rows is not None:
+            block_table = rows[:, None]  # of pages that are whole rows
         if cache_leftpad is not None:
             k_cache, v_cache, after = _skip_padding(q.shape[0], k_cache, v_cache, cache_leftpad, block_table, after)
             block_table = None
@@ -130,10 +131,8 @@ def _lengths(cache_seqlens: int | Tensor | None, q: Tensor, most: int) -> Tensor
     return torch.full((batch,), length, dtype=torch.int32, device=q.device)
 
 
-def _cache_rows(cache_batch_idx: Tensor | None, batch: int, k_cache: Tensor) -> Tensor:
+def _cache_rows(cache_batch_idx: Tensor, batch: int, k_cache: Tensor) -> Tensor:
     """The row of the cache that each sequence lives in, int32 [batch]."""
-    if cache_batch_idx is None:
-        return torch.arange(batch, dtype=torch.int32, device=k_cache.device)
     index = check.int32_vector("cache_batch_idx", cache_batch_idx, k_cache.device, batch)
     check.in_range("cache_batch_idx", index, 0, k_cache.shape[0] - 1, "point at existing rows")
     return index
@@ -175,15 +174,16 @@ def _append(
     k: Tensor,
     v: Tensor,
     before: Tensor | None,
-    cache_batch_idx: Tensor | None,
+    rows: Tensor | None,
     block_table: Tensor | None,
 ) -> None:
-    """Writes k and v into the cache from position `before` on."""
+    """Writes k and v into the cache from position `before` on; rows: those of the cache, where not all in turn."""
     if before is None:
         check.fail("cache_seqlens", "must be given with k and v", None, "pass the number of keys in the cache")
     position = before.long()[:, None] + torch.arange(k.shape[1], device=k.device)  # [batch, seqlen_new]
     if block_table is None:
-        index = _cache_rows(cache_batch_idx, k.shape[0], k_cache).long()[:, None], position
+        row = torch.arange(k.shape[0], device=k.device) if rows is None else rows.long()
+        index = row[:, None], position
     else:
         page_size = k_cache.shape[1]
         page = torch.gather(block_table.long(), 1, position // page_size)

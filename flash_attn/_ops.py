@@ -40,6 +40,11 @@ class Options(NamedTuple):
     return_s_dmask: bool = False
     deterministic: bool = False
 
+    @property
+    def of_scores(self) -> tuple[int, int, float, int, int, float]:
+        """max_seqlen_q to softcap, which all operators take in this order."""
+        return self[:6]
+
 
 def accum_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype kernels accumulate in: float64 for float64, else float32."""
@@ -82,12 +87,7 @@ def backward(
         softmax_lse.contiguous(),
         *gradients,
         *tensors,
-        options.max_seqlen_q,
-        options.max_seqlen_k,
-        options.softmax_scale,
-        options.window_left,
-        options.window_right,
-        options.softcap,
+        *options.of_scores,
         options.dropout_p,
         options.deterministic,
         options.performance_mode,
@@ -176,7 +176,8 @@ def forward(
     """(out, softmax_lse, s_dmask). Differentiable in q, k, v and the sink.
 
     With block_table, int32 [batch, pages], k and v are pages, [num_blocks, page_size, heads_kv, dim]: read where they
-    lie by kernels that can, elsewhere gathered.
+    lie by kernels that can, elsewhere gathered. Packed, cu_seqlens_k has room for the longest sequence in each, or says
+    without seqused_k how long they are.
     """
     inputs = [x for x in (q, k, v, tensors.sink) if x is not None]
     _refuse_tangents(inputs)
@@ -188,7 +189,9 @@ def forward(
         k, v = (gather_pages(cache, block_table, options.max_seqlen_k) for cache in (k, v))
         if tensors.cu_seqlens_k is not None:
             k, v = k.flatten(0, 1), v.flatten(0, 1)
-            tensors = tensors._replace(**_gathered(tensors.cu_seqlens_k, tensors.seqused_k, options.max_seqlen_k))
+            if tensors.seqused_k is None:
+                starts = cumulative(tensors.cu_seqlens_k.shape[0] - 1, options.max_seqlen_k, q.device)
+                tensors = tensors._replace(cu_seqlens_k=starts, seqused_k=tensors.cu_seqlens_k.diff())
     q, k, v = innermost_contiguous(q), innermost_contiguous(k), innermost_contiguous(v)
     run = _Attention.apply if wants_gradient else _below_autograd
     return run(q, k, v, *tensors, *options)
@@ -211,12 +214,7 @@ def _forward_pages(
         tensors.seqused_k,
         tensors.alibi_slopes,
         tensors.sink,
-        options.max_seqlen_q,
-        options.max_seqlen_k,
-        options.softmax_scale,
-        options.window_left,
-        options.window_right,
-        options.softcap,
+        *options.of_scores,
         options.split_size,
         options.performance_mode,
         options.deterministic,
@@ -227,12 +225,6 @@ def _forward_pages(
 def cumulative(batch: int, length: int, device: torch.device) -> Tensor:
     """cu_seqlens, int32 [batch + 1], of sequences of one length."""
     return torch.arange(batch + 1, dtype=torch.int32, device=device) * length
-
-
-def _gathered(cu_seqlens_k: Tensor, seqused_k: Tensor | None, longest: int) -> dict[str, Tensor]:
-    """Where packed keys lie once they are gathered: each sequence has room for the longest, lest a length be read."""
-    starts = cumulative(cu_seqlens_k.shape[0] - 1, longest, cu_seqlens_k.device)
-    return {"cu_seqlens_k": starts, "seqused_k": cu_seqlens_k.diff() if seqused_k is None else seqused_k}
 
 
 def gather_pages(cache: Tensor, block_table: Tensor, seqlen: int) -> Tensor:
