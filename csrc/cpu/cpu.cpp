@@ -136,6 +136,8 @@ void forward(ForwardParams p, void* workspace, const Queue& queue) {
   if (p.num_splits > 1) launch(find(KernelKind::kCombine, p.dtype), p, scratch, queue);
 }
 
+bool reads_pages(const ForwardParams&, const Queue&) { return false; }
+
 // ---- backward ------------------------------------------------------------------------------------------------------
 
 // The order of dQ's sums is always fixed: blocks take turns, which costs the host nothing.
@@ -157,8 +159,6 @@ const KernelInfo& preprocess_kernel(const BackwardParams& p) {
   return find(KernelKind::kPreprocess, p.dtype, p.head_dim, false, performance);
 }
 const KernelInfo& finish_kernel(const BackwardParams& p) { return find(KernelKind::kFinishDq, p.dtype, p.head_dim); }
-
-bool reads_pages(const ForwardParams&, const Queue&) { return false; }
 
 Workspace plan_backward(BackwardParams& p, const Queue& queue) {
   p.head_group = p.heads_kv * p.batch;  // threads take different heads, and need not wait for their turns at dQ

@@ -167,8 +167,6 @@ const Task kTasks[] = {
     {{40, 100}, {128, 128}, {0, 101}, false, true, true, 2, 1},
 };
 
-const Scoring kScored = {3.0f, 0.02f, 0.3f};
-
 // Plain; then scored, at an odd head dim.
 template <template <class, int, Modifiers> class K, int D>
 bool check_all(unsigned seed) {

@@ -117,8 +117,6 @@ bool check(const Task& task, int dim, Scoring scoring, unsigned seed) {
   return good;
 }
 
-const Scoring kScored = {3.0f, 0.02f, 0.3f};
-
 // By the copy engine; then scored, of rows that do not allow 16-byte access.
 template <int D>
 bool check_all(unsigned seed) {

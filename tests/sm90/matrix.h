@@ -91,6 +91,8 @@ struct Scoring {
   }
 };
 
+const Scoring kScored = {3.0f, 0.02f, 0.3f};
+
 // What the forward's and the backward's params share of a task: lengths, masks, scale.
 template <class Task>
 void describe(AttentionParams& p, const Task& task, int dim, const Lengths& q, const Lengths& k) {

@@ -56,6 +56,14 @@ class Dropout {
     });
   }
 
+  // Likewise: what is not kept becomes 0.
+  template <class Accumulator>
+  FA_DEVICE void drop(Accumulator& probabilities, int row0, int col0) const {
+    for_each<Accumulator>(row0, col0, [&](int reg, bool keep) {
+      if (!keep) probabilities[reg] = 0;
+    });
+  }
+
   // The bits of the patch that (row, col) lies in: its pairs from left to right and from top to bottom, a pair's left
   // element in the lower half.
   FA_DEVICE void patch(int row, int col, uint32_t (&bits)[4]) const {

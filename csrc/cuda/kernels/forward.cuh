@@ -183,11 +183,7 @@ struct Forward {
     softmax.raise_max(scores, modifier.scale_of_any(), rescale);
     softmax.apply(rescale, output);
     modifier.with_scale(far, [&](const auto& scale) { softmax.exponentiate(scores, scale); });
-    if (kModified && dropout.enabled()) {
-      dropout.template for_each<Scores>(work.query_begin, key, [&](int reg, bool keep) {
-        if (!keep) scores[reg] = Scalar(0);
-      });
-    }
+    if (kModified && dropout.enabled()) dropout.drop(scores, work.query_begin, key);
     A::multiply_nn(output, Probabilities(scores), v_tile);
   }
 

@@ -237,7 +237,7 @@ struct Fp32Backward : KeyBlock<64, 64> {
   // Powers of two of the rows of dQ, or of dQ^T's columns.
   struct Sizes {
     float value[kTransposes ? kColumns : 2];
-    FA_DEVICE float of(int reg) const { return value[kTransposes ? reg / 4 * 2 + reg % 2 : reg / 2 % 2]; }
+    FA_DEVICE float of(int reg) const { return value[kTransposes ? column_of(reg) : reg / 2 % 2]; }
   };
   // Where a warpgroup is: its places of dO and of Q.
   struct State {
@@ -354,7 +354,7 @@ struct Fp32Backward : KeyBlock<64, 64> {
       const float kept = kept_scale<float>(p);
       receive(state.phase, [&](int reg, float of_p) {
         const float dp = int(float_to_bits(of_p)) < 0 ? 0.0f : x[reg] * kept;
-        x[reg] = (dp + negated_delta[reg / 4 * 2 + reg % 2]) * absolute(of_p);
+        x[reg] = (dp + negated_delta[column_of(reg)]) * absolute(of_p);
       });
     } else {
       for_columns([&](int reg, int column) { x[reg] += negated_delta[column]; });
@@ -399,11 +399,12 @@ struct Fp32Backward : KeyBlock<64, 64> {
     for (int i = 0; i < Scores::kRegs / 2; ++i) split(x[2 * i], x[2 * i + 1], high[i / 4][i % 4], low[i / 4][i % 4]);
   }
 
-  // f(reg, which of the lane's columns it is in)
+  // Which of the lane's columns a register is in, of a product of a warpgroup; and f(reg, it) for all of the scores'.
+  static FA_DEVICE constexpr int column_of(int reg) { return reg / 4 * 2 + reg % 2; }
   template <class F>
   static FA_DEVICE void for_columns(F&& f) {
     FA_UNROLL
-    for (int reg = 0; reg < Scores::kRegs; ++reg) f(reg, reg / 4 * 2 + reg % 2);
+    for (int reg = 0; reg < Scores::kRegs; ++reg) f(reg, column_of(reg));
   }
   // About how large dP - delta may be in a query's row, as a power of two: as dO's row times V's largest is, or as
   // delta, which the LSE's gradient may make as large as it likes.

@@ -579,10 +579,7 @@ struct Forward {
   }
 
   FA_DEVICE void drop(const Tile& tile, const Scoring& scoring, int key, Scores& scores) {
-    if (!kScored || !scoring.dropout.enabled()) return;
-    scoring.dropout.template for_each<Scores>(tile.work.query_begin, key, [&](int reg, bool keep) {
-      if (!keep) scores[reg] = 0;
-    });
+    if (kScored && scoring.dropout.enabled()) scoring.dropout.drop(scores, tile.work.query_begin, key);
   }
 
   // Waits for all multiplies, and for the values of the block at `place`. The compiler would wait for the former before

@@ -303,11 +303,7 @@ struct Fp32Forward {
       raise_largest(scores, from_parts, hides, rescale);
       if (__any_sync(0xffffffffu, rescale[0] != 1.0f || rescale[1] != 1.0f)) softmax.apply(rescale, output);
       softmax.exponentiate(scores, softmax_scale());
-      if (kScored && dropout.enabled()) {
-        dropout.template for_each<Scores>(tile.work.query_begin, key, [&](int reg, bool keep) {
-          if (!keep) scores[reg] = 0;
-        });
-      }
+      if (kScored && dropout.enabled()) dropout.drop(scores, tile.work.query_begin, key);
 
       uint32_t high[kN / 16][4], low[kN / 16][4];
       const float to_parts[2] = {weights_to_parts(0), weights_to_parts(1)};
