@@ -263,6 +263,25 @@ size_t stash_device_bytes(const ForwardParams& p, const KernelInfo& kernel, cons
   return size_t(std::min(kernel.blocks(&p), at_once)) * kernel.stash_device_bytes;
 }
 
+// Into how many shares of its keys, of four key blocks at least, the heuristic splits each of `blocks` blocks.
+int choose_shares(const ForwardParams& p, const KernelInfo& kernel, int64_t blocks, const Queue& queue) {
+  const int64_t multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, queue);
+  const int64_t at_once = kernel.persistent ? multiprocessors : 2 * multiprocessors;
+  const int key_blocks = ceil_div(p.seqlen_k, kernel.block_n);
+  const auto most = [&](int64_t of) { return int(std::min<int64_t>(of / std::max<int64_t>(blocks, 1), key_blocks / 4)); };
+  // Few queries wait for memory, and half of the multiprocessors take all of that.
+  const bool has_few_queries = 2 * p.seqlen_q <= kernel.block_m;
+  if (!kernel.persistent || has_few_queries) return std::max(1, most(at_once));
+  if (blocks > at_once) return 1;
+  int best = 1, least = 0x7fffffff;
+  for (int shares = 1; shares <= most(2 * at_once); ++shares) {
+    const int rounds = int((blocks * shares + at_once - 1) / at_once);
+    const int time = rounds * (ceil_div(key_blocks, shares) + 2);  // a share's beginning and end take as long as two
+    if (time < least) best = shares, least = time;
+  }
+  return best;
+}
+
 Workspace plan_forward(ForwardParams& p, const Queue& queue) {
   make_rows_of_heads(p);
   check_rows(p);
@@ -279,12 +298,11 @@ Workspace plan_forward(ForwardParams& p, const Queue& queue) {
   const int tiles = ceil_div(p.seqlen_q, kernel.block_m) * group;
   p.head_group = group * choose_head_group(keys_bytes, tiles, p.heads_kv * p.batch, tiles_differ(p, kernel), 1, queue);
   const int64_t blocks = kernel.blocks(&p);
-  const int64_t room = int64_t(2) * device_attribute(cudaDevAttrMultiProcessorCount, queue);
   if (p.s_dmask != nullptr && p.split_size == 0) return {0};  // a second pass needs the row's final sum
 
-  const int key_blocks = ceil_div(p.seqlen_k, kernel.block_n);
   if (p.split_size > 0) {
     const int chunks = ceil_div(p.seqlen_k, p.split_size);
+    const int64_t room = int64_t(2) * device_attribute(cudaDevAttrMultiProcessorCount, queue);
     const bool alone = p.s_dmask != nullptr, fits = stash_fits(kernel, queue);
     if (chunks > 1 && !alone && ((blocks < room && partials_are_small(p, chunks)) || !fits)) p.num_splits = chunks;
     if (chunks > 1 && alone && !fits) {
@@ -292,12 +310,12 @@ Workspace plan_forward(ForwardParams& p, const Queue& queue) {
           "return_attn_probs with split_size needs more shared memory than this GPU has (use a split_size of at least "
           "the number of keys)");
     }
-  } else if (!p.deterministic && blocks * 2 <= room && key_blocks >= 8) {
-    // Too few blocks to fill the GPU: shares of at least four key blocks each.
-    const int wanted = int(std::min<int64_t>(room / std::max<int64_t>(blocks, 1), key_blocks / 4));
-    p.split_size = ceil_div(key_blocks, wanted) * kernel.block_n;
-    p.num_splits = ceil_div(p.seqlen_k, p.split_size);
-    if (p.num_splits == 1) p.split_size = 0;
+  } else if (!p.deterministic) {
+    const int shares = choose_shares(p, kernel, blocks, queue);
+    if (shares > 1) {
+      p.split_size = ceil_div(ceil_div(p.seqlen_k, kernel.block_n), shares) * kernel.block_n;
+      p.num_splits = ceil_div(p.seqlen_k, p.split_size);
+    }
   }
   if (p.num_splits == 1) return {tiles_taken_bytes(p, kernel, queue) + stash_device_bytes(p, kernel, queue)};
   return {align(size_t(partial_rows(p)) * p.head_dim * sizeof(float)) +

@@ -81,6 +81,15 @@ struct Forward {
     return kPairs && !blocks_differ(p) && ceil_div(p.seqlen_q, kM) % 2 == 0;
   }
 
+  // Where a head has one tile its keys stream by, and memory is what is waited for.
+  static bool streams_keys(const ForwardParams& p) { return p.seqlen_q <= kM; }
+
+  // Q and the output are asked for once, a pair's K and V by all pairs of a head: that keeps them in the L2 cache. Not
+  // where a line of its is of two heads.
+  static constexpr bool kWholeLines = D % 64 == 0;
+  static constexpr Keep kKeepsRows = kWholeLines && D >= 128 ? Keep::kBriefly : Keep::kUsual;
+  static constexpr Keep kKeepsPairsKeys = kWholeLines ? Keep::kLong : Keep::kUsual;
+
   struct Launched {
     ForwardParams p;
     CUtensorMap q, k, v, out;
@@ -89,8 +98,8 @@ struct Forward {
     explicit Launched(const ForwardParams& p)
         : p(p),
           q(map_queries(p, p.q, 64)),
-          k(map_keys(p, p.k, kN)),
-          v(map_keys(p, p.v, kN)),
+          k(map_keys(p, p.k, kN, 64, streams_keys(p))),
+          v(map_keys(p, p.v, kN, 64, streams_keys(p))),
           out(kStoresBoxes && p.num_splits == 1 ? map_queries(p, p.out, 16) : CUtensorMap{}),
           pairs(in_pairs(p)) {}
   };
@@ -263,7 +272,7 @@ struct Forward {
       if (int(threadIdx.x) % 32 != group) continue;
       full.arrive_expecting(kPanels * 64 * 128);
       for (int panel = 0; panel < kPanels; ++panel) {
-        load_box(q_address(group) + panel * kQPanel, launched.q, full, panel * 64,
+        load_box<kKeepsRows>(q_address(group) + panel * kQPanel, launched.q, full, panel * 64,
                  int(next.seq.first_q) + next.work.query_begin + group * 64, next.work.head, batch);
       }
     }
@@ -275,7 +284,7 @@ struct Forward {
     if (pairs) {
       for (int i = 0; i < kPanels / 2; ++i) {
         const int panel = 2 * i + int(rank);
-        load_box_to_both(dst + panel * kKPanel, map, full, panel * 64, row, head, batch);
+        load_box_to_both<kKeepsPairsKeys>(dst + panel * kKPanel, map, full, panel * 64, row, head, batch);
       }
     } else {
       for (int panel = 0; panel < kPanels; ++panel) {
@@ -437,8 +446,9 @@ struct Forward {
       put_boxes<T, D>(state.output.value, shared_address(room));
       if (!first_lane()) return;
       for (int panel = 0; panel < kPanels; ++panel) {
-        store_box(launched.out, shared_address(room) + panel * kBoxBytes, panel * 64,
-                  int(tile.seq.first_q) + work.query_begin + row, work.head, p.cu_seqlens_q ? 0 : work.batch);
+        store_box<kKeepsRows>(launched.out, shared_address(room) + panel * kBoxBytes, panel * 64,
+                              int(tile.seq.first_q) + work.query_begin + row, work.head,
+                              p.cu_seqlens_q ? 0 : work.batch);
       }
       return commit_stores();
     }

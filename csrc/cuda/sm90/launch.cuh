@@ -31,9 +31,10 @@ inline auto tensor_map_encoder() {
 }
 
 // Boxes of `box_rows` rows of t [batch, rows, heads, head_dim]; what lies outside reads as zero. 16-bit elements: of
-// one 128-byte panel of columns, swizzled as wgmma wants it. fp32: of `box_cols` columns, as they are.
+// one 128-byte panel of columns, swizzled as wgmma wants it. fp32: of `box_cols` columns, as they are. `streamed`: read
+// from device memory, as good as once.
 inline CUtensorMap tensor_map(const TensorRef& t, DType dtype, int batch, int rows, int heads, int head_dim,
-                              int box_rows, int box_cols = 64) {
+                              int box_rows, int box_cols = 64, bool streamed = false) {
   const int element_bytes = is_16_bit(dtype) ? 2 : 4;
   const cuuint64_t sizes[4] = {cuuint64_t(head_dim), cuuint64_t(rows), cuuint64_t(heads), cuuint64_t(batch)};
   const auto bytes = [=](int64_t stride, int size) {
@@ -44,9 +45,10 @@ inline CUtensorMap tensor_map(const TensorRef& t, DType dtype, int batch, int ro
   const auto type = dtype == DType::kFloat32    ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
                     : dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
                                                 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  // The L2 cache fetches 256 bytes at once, but for rows of 128: the next 128 are another head's.
-  const auto promotion =
-      head_dim * element_bytes > 128 ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B : CU_TENSOR_MAP_L2_PROMOTION_L2_128B;
+  // The L2 cache fetches 256 bytes at once. Not of rows of 128, where the next 128 are another head's; nor where memory
+  // is what is waited for, as what another box asks for as well takes up some of its time.
+  const auto promotion = head_dim * element_bytes > 128 && !streamed ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B
+                                                                     : CU_TENSOR_MAP_L2_PROMOTION_L2_128B;
   CUtensorMap map;
   const CUresult result = tensor_map_encoder()(
       &map, type, 4, t.data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,

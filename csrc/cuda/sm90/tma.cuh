@@ -61,9 +61,34 @@ FA_DEVICE void prefetch(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
+// For how long the L2 cache is to keep what is read or written, against what else it holds. What is usual is not the
+// same as a policy of evict_normal, under which it fetches no more than it is asked for.
+enum class Keep { kUsual, kBriefly, kLong };
+template <Keep KEEP>
+FA_DEVICE uint64_t cache_policy() {
+  static_assert(KEEP != Keep::kUsual);
+  uint64_t policy;
+  if (KEEP == Keep::kBriefly) {
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));
+  } else {
+    asm volatile("createpolicy.fractional.L2::evict_last.b64 %0;" : "=l"(policy));
+  }
+  return policy;
+}
+
 // A box of [batch, head, row, column] to shared memory; counts its bytes on `barrier`.
+template <Keep KEEP = Keep::kUsual>
 FA_DEVICE void load_box(uint32_t dst, const CUtensorMap& map, Barrier& barrier, int column, int row, int head,
                         int batch) {
+  if constexpr (KEEP != Keep::kUsual) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, "
+        "%4, %5, %6}], [%2], %7;" ::"r"(dst),
+        "l"(&map), "r"(shared_address(&barrier)), "r"(column), "r"(row), "r"(head), "r"(batch),
+        "l"(cache_policy<KEEP>())
+        : "memory");
+    return;
+  }
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
       "[%2];" ::"r"(dst),
@@ -72,8 +97,18 @@ FA_DEVICE void load_box(uint32_t dst, const CUtensorMap& map, Barrier& barrier, 
 }
 
 // Likewise to the same place of every thread block of a cluster of two, on that thread block's barrier.
+template <Keep KEEP = Keep::kUsual>
 FA_DEVICE void load_box_to_both(uint32_t dst, const CUtensorMap& map, Barrier& barrier, int column, int row, int head,
                                 int batch) {
+  if constexpr (KEEP != Keep::kUsual) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
+        "[%0], [%1, {%3, %4, %5, %6}], [%2], %7, %8;" ::"r"(dst),
+        "l"(&map), "r"(shared_address(&barrier)), "r"(column), "r"(row), "r"(head), "r"(batch), "h"(uint16_t(3)),
+        "l"(cache_policy<KEEP>())
+        : "memory");
+    return;
+  }
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, "
       "%4, %5, %6}], [%2], %7;" ::"r"(dst),
@@ -82,7 +117,16 @@ FA_DEVICE void load_box_to_both(uint32_t dst, const CUtensorMap& map, Barrier& b
 }
 
 // A box back to [batch, head, row, column], as it lies in shared memory; what is outside is not written.
+template <Keep KEEP = Keep::kUsual>
 FA_DEVICE void store_box(const CUtensorMap& map, uint32_t src, int column, int row, int head, int batch) {
+  if constexpr (KEEP != Keep::kUsual) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3, %4, %5}], [%1], %6;" ::"l"(
+            &map),
+        "r"(src), "r"(column), "r"(row), "r"(head), "r"(batch), "l"(cache_policy<KEEP>())
+        : "memory");
+    return;
+  }
   asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),
                "r"(src), "r"(column), "r"(row), "r"(head), "r"(batch)
                : "memory");
