@@ -113,6 +113,27 @@ def test_rows_of_no_sequence_give_nothing(device):
     assert all(torch.equal(x[10:], torch.zeros_like(x[10:])) and x.isfinite().all() for x in found)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_many_sequences(device, dtype, causal):
+    """More than a warp has lanes, most of them far shorter than the longest, none among them, and rows to spare."""
+    torch.manual_seed(0)
+    lengths = [*torch.randint(0, 40, (66,)).tolist(), 900, 0, 7]
+    q, k, v, where = random_packed(device, dtype, lengths, lengths, grad=True, heads_q=4, heads_kv=2)
+    q, k, v = (torch.cat([x.detach(), torch.full_like(x[:9], math.nan)]).requires_grad_() for x in (q, k, v))
+    dout = torch.randn_like(q)
+    out = flash_attn_varlen_func(q, k, v, **where, **longest(lengths, lengths), causal=causal, deterministic=True)
+    found = (out, *gradients(out, (q, k, v), dout))
+    begin = 0
+    for length in lengths:
+        rows = slice(begin, begin + length)
+        alone = [x.detach()[None, rows].requires_grad_() for x in (q, k, v)]
+        out = flash_attn_func(*alone, causal=causal, deterministic=True)
+        for of_all, own in zip(found, (out, *gradients(out, alone, dout[None, rows])), strict=True):
+            assert torch.equal(of_all[rows], own[0])
+        begin += length
+    assert all(not x[begin:].any() for x in found)
+
+
 @pytest.mark.parametrize("page_size", [1, 16, 48])
 def test_pages(device, dtype, page_size):
     lengths_q, lengths_k = [4, 1, 9], [100, 1, 47]

@@ -268,7 +268,9 @@ int choose_shares(const ForwardParams& p, const KernelInfo& kernel, int64_t bloc
   const int64_t multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, queue);
   const int64_t at_once = kernel.persistent ? multiprocessors : 2 * multiprocessors;
   const int key_blocks = ceil_div(p.seqlen_k, kernel.block_n);
-  const auto most = [&](int64_t of) { return int(std::min<int64_t>(of / std::max<int64_t>(blocks, 1), key_blocks / 4)); };
+  const auto most = [&](int64_t of) {
+    return int(std::min<int64_t>(of / std::max<int64_t>(blocks, 1), key_blocks / 4));
+  };
   // Few queries wait for memory, and half of the multiprocessors take all of that.
   const bool has_few_queries = 2 * p.seqlen_q <= kernel.block_m;
   if (!kernel.persistent || has_few_queries) return std::max(1, most(at_once));

@@ -119,6 +119,8 @@ def features(sizes: Sizes) -> Iterator[Feature]:
     yield Feature("8 heads a KV head", group=8)
     lengths = [int(share * sizes.tokens) for share in RAGGED]
     yield Feature("packed, ragged", lengths=(sizes.tokens - sum(lengths[1:]), *lengths[1:]))
+    short = [sizes.tokens // 128] * 96
+    yield Feature("packed, one long", lengths=(sizes.tokens - sum(short), *short))
     yield Feature("softcap 30", {"softcap": 30.0})
     yield from (Feature(f"split_size {size}", split_size=size) for size in sizes.splits)
 

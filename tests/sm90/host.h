@@ -190,6 +190,15 @@ inline unsigned __reduce_max_sync(unsigned, unsigned x) {
                  });
   return most;
 }
+inline unsigned __ballot_sync(unsigned, int x) {
+  unsigned lanes = 0;
+  host::exchange([&](uint32_t(&mine)[4]) { mine[0] = x != 0; },
+                 [&](uint32_t(&all)[32][4]) {
+                   for (int lane = 0; lane < 32; ++lane) lanes |= all[lane][0] << lane;
+                 });
+  return lanes;
+}
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __any_sync(unsigned, int x) { return int(__reduce_max_sync(0, x != 0)); }
 inline void atomicMax(unsigned* p, unsigned x) { *p = x > *p ? x : *p; }
 inline int min(int a, int b) { return a < b ? a : b; }

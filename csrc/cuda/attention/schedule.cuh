@@ -106,6 +106,7 @@ FA_DEVICE void for_each_hidden(const Mask& mask, int query, int key, F&& f) {
 struct HeadItem {
   int item, head, batch;
 
+  HeadItem() = default;
   FA_DEVICE HeadItem(uint32_t block, uint32_t items, uint32_t heads)
       : item(int(block % items)), head(int(block / items % heads)), batch(int(block / items / heads)) {}
 
@@ -129,10 +130,13 @@ struct ForwardWork {
     return int64_t(ceil_div(p.seqlen_q, BLOCK_M)) * p.num_splits * p.heads_q * p.batch;
   }
 
-  // The longest blocks of a causal mask come first, so that the short ones fill the gaps at the end.
-  FA_DEVICE ForwardWork(const ForwardParams& p, uint32_t block, int rows = BLOCK_M) {
-    const uint32_t query_blocks = ceil_div(p.seqlen_q, rows);
-    const HeadItem item(block, query_blocks * p.num_splits, p.heads_q, p.batch, p.head_group);
+  FA_DEVICE ForwardWork(const ForwardParams& p, uint32_t block, int rows = BLOCK_M)
+      : ForwardWork(p, ceil_div(p.seqlen_q, rows),
+                    HeadItem(block, ceil_div(p.seqlen_q, rows) * p.num_splits, p.heads_q, p.batch, p.head_group),
+                    rows) {}
+  // Of a sequence of `query_blocks`. The longest blocks of a causal mask come first, so that the short ones fill the
+  // gaps at the end.
+  FA_DEVICE ForwardWork(const ForwardParams& p, uint32_t query_blocks, const HeadItem& item, int rows = BLOCK_M) {
     const int query_block = p.num_splits == 1 ? item.item : int(item.item % query_blocks);
     query_begin = (p.window_right >= 0 ? int(query_blocks) - 1 - query_block : query_block) * rows;
     split = p.num_splits == 1 ? 0 : int(item.item / query_blocks);
@@ -171,9 +175,12 @@ template <int BLOCK_N>
 struct BackwardWork {
   int key_begin, kv_head, batch;
 
-  FA_DEVICE BackwardWork(const BackwardParams& p, uint32_t block) {
-    const int key_blocks = ceil_div(p.seqlen_k, BLOCK_N);
-    const HeadItem item(block, key_blocks, p.heads_kv, p.batch, p.head_group);
+  BackwardWork() = default;
+  FA_DEVICE BackwardWork(const BackwardParams& p, uint32_t block)
+      : BackwardWork(p, ceil_div(p.seqlen_k, BLOCK_N),
+                     HeadItem(block, ceil_div(p.seqlen_k, BLOCK_N), p.heads_kv, p.batch, p.head_group)) {}
+  // Of a sequence of `key_blocks`.
+  FA_DEVICE BackwardWork(const BackwardParams& p, int key_blocks, const HeadItem& item) {
     key_begin = (p.deterministic ? key_blocks - 1 - item.item : item.item) * BLOCK_N;
     kv_head = item.head;
     batch = item.batch;

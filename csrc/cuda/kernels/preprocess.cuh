@@ -17,26 +17,34 @@ struct Preprocess {
   static constexpr int kThreads = A::kThreads, kMinBlocks = 1, kSharedBytes = 0, kStashBytes = 0;
   static constexpr int kBlockM = kRows, kBlockN = 1;
 
-  static int64_t blocks(const Params& p) { return int64_t(ceil_div(p.seqlen_q, kRows)) * p.heads_q * p.batch; }
+  // Rows of a packed batch, whosever they are, are those of one sequence.
+  static FA_HOST_DEVICE int row_blocks(const Params& p) {
+    return ceil_div(p.cu_seqlens_q == nullptr ? p.seqlen_q : p.total_q, kRows);
+  }
+  static int64_t blocks(const Params& p) {
+    return int64_t(row_blocks(p)) * p.heads_q * (p.cu_seqlens_q == nullptr ? p.batch : 1);
+  }
 
   static FA_DEVICE void run(const Params& p, int64_t block, char*) {
-    const int row_blocks = ceil_div(p.seqlen_q, kRows);
-    const HeadItem at(uint32_t(block), row_blocks, p.heads_q);
-    const int first_row = at.item * kRows, head = at.head, batch = at.batch;
-    const Sequence seq(p, batch);
-    clear_spare_rows<A>(p, p.cu_seqlens_q, p.total_q, batch, first_row / kRows, row_blocks,
-                        [&](int64_t row, int col) {
-                          if (col == 0) *head_rows<Scalar>(p.delta, 0, head, row) = Scalar(0);
-                          head_rows<T>(p.dq, 0, head, row)[col] = T{};
-                        });
-    if (first_row >= seq.len_q) return;
+    const HeadItem at(uint32_t(block), row_blocks(p), p.heads_q);
+    const int row = at.item * kRows, head = at.head, batch = at.batch;
+    int end = p.seqlen_q;
+    if (p.cu_seqlens_q != nullptr) {
+      end = max_int(0, min_int(uniform(p.cu_seqlens_q[p.batch]), p.total_q));
+      for (int spare = max_int(row, end); spare < min_int(row + kRows, p.total_q); ++spare) {
+        for (int col = A::lane(); col < p.head_dim; col += A::kThreads) {
+          if (col == 0) *head_rows<Scalar>(p.delta, 0, head, spare) = Scalar(0);
+          head_rows<T>(p.dq, 0, head, spare)[col] = T{};
+        }
+      }
+    }
+    if (row >= end) return;
 
-    const int64_t row = seq.first_q + first_row;
     const Scalar* dlse = p.dlse.data == nullptr ? nullptr : head_rows<const Scalar>(p.dlse, batch, head, row);
     Scalar* delta = head_rows<Scalar>(p.delta, batch, head, row);
     A::template dot_rows<T, kRows, kD>(head_rows<const T>(p.dout, batch, head, row), p.dout.row_stride,
                                        head_rows<const T>(p.out, batch, head, row), p.out.row_stride,
-                                       min_int(kRows, seq.len_q - first_row), p.head_dim, p.aligned,
+                                       min_int(kRows, end - row), p.head_dim, p.aligned,
                                        [&](int r, Scalar sum) { delta[r] = dlse == nullptr ? sum : sum - dlse[r]; });
   }
 };

@@ -14,11 +14,12 @@
 namespace flash_attn {
 namespace sm90 {
 
-template <class T_, int D, Modifiers MODIFIERS>
+template <class T_, int D, Modifiers MODIFIERS, bool RAGGED = false>
 struct Backward
     : BackwardBlock<T_, D, BackwardTuning<D, MODIFIERS>::kBlockM, 128, BackwardTuning<D, MODIFIERS>::kWarpsQ, 2> {
   using T = T_;
   using Tuning = BackwardTuning<D, MODIFIERS>;
+  using Ragged = Backward<T, D, MODIFIERS, true>;
   using Block = BackwardBlock<T, D, Tuning::kBlockM, 128, Tuning::kWarpsQ, 2>;
   using typename Block::A, typename Block::Launched, typename Block::QueryGradient, typename Block::Step;
   using Writer = typename Block::Sums::Writer;
@@ -101,7 +102,7 @@ struct Backward
   }
 
   FA_DEVICE void load() {
-    Block::load_blocks(
+    Block::template load_blocks<RAGGED>(
         barriers.next, [this](uint32_t n) { load_keys(n); }, [this](uint32_t& i) { load_queries(i); });
   }
 

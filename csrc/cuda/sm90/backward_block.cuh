@@ -6,6 +6,7 @@
 #include "key_block.cuh"
 #include "maps.cuh"
 #include "messages.cuh"
+#include "packed.cuh"
 #include "rows.cuh"
 #include "sums.cuh"
 #include "tma.cuh"
@@ -52,11 +53,16 @@ struct BackwardBlock : KeyBlock<BLOCK_M, BLOCK_N> {
     return int64_t(ceil_div(p.seqlen_k, kN)) * p.heads_kv * p.batch;
   }
   static FA_HOST_DEVICE int64_t numbers(const Params& p) { return blocks(p) + (p.dq_lag > 0 ? p.dq_lag : 0); }
-  // Of the kernel K, made of this.
+  static bool is_ragged(const Params& p) {
+    return p.cu_seqlens_k != nullptr && PackedBlocks<kN>::pay(p.batch, p.total_k, p.seqlen_k);
+  }
+  // Of the kernel K, made of this, or of K::Ragged, for packed sequences of very different lengths: what the loading
+  // warp does for them would slow others down.
   template <class K>
   static void launch_persistent(const void* params, int shared_bytes, void* stream) {
     const Params& p = *static_cast<const Params*>(params);
-    launch_blocks<K>(Launched(p), std::min<int64_t>(numbers(p), multiprocessors()), 1, shared_bytes, stream);
+    const auto launch = is_ragged(p) ? &launch_blocks<typename K::Ragged> : &launch_blocks<K>;
+    launch(Launched(p), std::min<int64_t>(numbers(p), multiprocessors()), 1, shared_bytes, stream);
     using Finish = typename Sums::Kernel;
     if (p.dq_lag < 0) launch_blocks<Finish>(p, Finish::blocks(p), 1, Finish::kSharedBytes, stream);
   }
@@ -70,7 +76,8 @@ struct BackwardBlock : KeyBlock<BLOCK_M, BLOCK_N> {
 
   // For the warp that loads: takes one block after another and tells the others. load_keys(n) is called for the n-th
   // block that has steps, load_queries(i) for each block, i being the number of its first step, to be advanced.
-  template <class LoadKeys, class LoadQueries>
+  // RAGGED: in K::Ragged.
+  template <bool RAGGED, class LoadKeys, class LoadQueries>
   FA_DEVICE void load_blocks(Announcements& next, LoadKeys&& load_keys, LoadQueries&& load_queries) {
     if (first_lane()) {
       prefetch(launched.q);
@@ -79,10 +86,19 @@ struct BackwardBlock : KeyBlock<BLOCK_M, BLOCK_N> {
     // Blocks are begun in their order, however many thread blocks there is room for at a time: each may wait for
     // those before it.
     uint32_t i = 0, loads = 0;
+    PackedBlocks<kN> packed(p, p.cu_seqlens_k, p.total_k, p.seqlen_k, p.heads_kv, 1);
     for (uint32_t n = 0;; ++n) {
       const uint32_t block = take_block(p.blocks_taken);
-      const bool any = block < uint32_t(numbers(p));
-      if (has_keys(block)) take(BackwardWork<kN>(p, block));
+      bool any = block < uint32_t(numbers(p));
+      if (RAGGED) {
+        HeadItem item;
+        int key_blocks;
+        any = any && packed.find(block, item, key_blocks);
+        if (!any) return next.tell(n, {Announcement<BackwardWork<kN>>::kNone, {}});  // `work` need not be kept
+        take(BackwardWork<kN>(p, key_blocks, item));
+      } else if (has_keys(block)) {
+        take(BackwardWork<kN>(p, block));
+      }
       next.tell(n, {any ? block : Announcement<BackwardWork<kN>>::kNone, work});
       if (!any) return;
       if (!has_keys(block)) continue;

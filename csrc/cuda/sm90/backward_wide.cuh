@@ -13,9 +13,10 @@
 namespace flash_attn {
 namespace sm90 {
 
-template <class T_, int D, Modifiers MODIFIERS>
+template <class T_, int D, Modifiers MODIFIERS, bool RAGGED = false>
 struct WideBackward : BackwardBlock<T_, D, 64, 64, 4, 1> {
   using T = T_;
+  using Ragged = WideBackward<T, D, MODIFIERS, true>;
   using Block = BackwardBlock<T, D, 64, 64, 4, 1>;
   using typename Block::Launched, typename Block::Step;
   using Writer = typename Block::Sums::Writer;
@@ -113,7 +114,7 @@ struct WideBackward : BackwardBlock<T_, D, 64, 64, 4, 1> {
   }
 
   FA_DEVICE void load() {
-    Block::load_blocks(
+    Block::template load_blocks<RAGGED>(
         barriers.next, [this](uint32_t n) { load_keys(n); }, [this](uint32_t& i) { load_queries(i); });
   }
 

@@ -12,6 +12,7 @@
 #include "../tile/tile.cuh"
 #include "limits.cuh"
 #include "maps.cuh"
+#include "packed.cuh"
 #include "place.cuh"
 #include "rows.cuh"
 #include "share.cuh"
@@ -22,8 +23,11 @@
 namespace flash_attn {
 namespace sm90 {
 
-// PAGES: keys and values lie in pages; a kernel of its own, beside that of the instance.
-template <class T_, int D, Modifiers MODIFIERS, bool PAGES = false>
+// Packed sequences of very different lengths, and keys and values in pages, have kernels of their own, beside that of
+// the instance: what the loading warp does for them would slow others down.
+enum class Layout { kUsual, kRagged, kPages };
+
+template <class T_, int D, Modifiers MODIFIERS, Layout LAYOUT = Layout::kUsual>
 struct Forward {
   using T = T_;
   using Params = ForwardParams;
@@ -37,7 +41,8 @@ struct Forward {
   static constexpr bool kQueriesInRegisters = Tuning::kQueriesInRegisters;  // as a factor; else in shared memory
   static constexpr bool kReadsPages = true;
   static constexpr bool kScored = MODIFIERS == Modifiers::kAny, kSoftcap = MODIFIERS == Modifiers::kSoftcap;
-  static constexpr bool kPairs = Tuning::kPairs && MODIFIERS == Modifiers::kNone && !PAGES;  // a scored one spills
+  static constexpr bool kUsual = LAYOUT == Layout::kUsual, kPages = LAYOUT == Layout::kPages;
+  static constexpr bool kPairs = Tuning::kPairs && MODIFIERS == Modifiers::kNone && kUsual;  // a scored one spills
   // Asks ScoreLimits, and awaits the values half-way through the softmax. Scored ones have no registers for it.
   static constexpr bool kHurries = !kScored, kRescalesAtOnce = kHurries && Tuning::kRescalesAtOnce;
 
@@ -81,6 +86,10 @@ struct Forward {
     return kPairs && !blocks_differ(p) && ceil_div(p.seqlen_q, kM) % 2 == 0;
   }
 
+  static bool is_ragged(const ForwardParams& p) {
+    return p.cu_seqlens_q != nullptr && PackedBlocks<kM>::pay(p.batch, p.total_q, p.seqlen_q);
+  }
+
   // Where a head has one tile its keys stream by, and memory is what is waited for.
   static bool streams_keys(const ForwardParams& p) { return p.seqlen_q <= kM; }
 
@@ -93,7 +102,7 @@ struct Forward {
   struct Launched {
     ForwardParams p;
     CUtensorMap q, k, v, out;
-    bool pairs;
+    bool pairs, ragged;
 
     explicit Launched(const ForwardParams& p)
         : p(p),
@@ -101,17 +110,20 @@ struct Forward {
           k(map_keys(p, p.k, kN, 64, streams_keys(p))),
           v(map_keys(p, p.v, kN, 64, streams_keys(p))),
           out(kStoresBoxes && p.num_splits == 1 ? map_queries(p, p.out, 16) : CUtensorMap{}),
-          pairs(in_pairs(p)) {}
+          pairs(in_pairs(p)),
+          ragged(is_ragged(p)) {}
   };
 
   static int64_t blocks(const Params& p) { return Work::blocks(p); }
   static void launch(const void* params, int64_t blocks, int shared_bytes, void* stream) {
-    if constexpr (!PAGES) {
-      using OfPages = Forward<T, D, MODIFIERS, true>;
-      const bool in_pages = static_cast<const Params*>(params)->block_table != nullptr;
-      if (in_pages) return OfPages::launch(params, blocks, shared_bytes, stream);
+    const Params& p = *static_cast<const Params*>(params);
+    if constexpr (kUsual) {
+      using Ragged = Forward<T, D, MODIFIERS, Layout::kRagged>;
+      using Pages = Forward<T, D, MODIFIERS, Layout::kPages>;
+      if (p.block_table != nullptr) return Pages::launch(params, blocks, shared_bytes, stream);
+      if (is_ragged(p)) return Ragged::launch(params, blocks, shared_bytes, stream);
     }
-    const Launched launched(*static_cast<const Params*>(params));
+    const Launched launched(p);
     const int cluster = launched.pairs ? 2 : 1;
     launch_blocks<Forward>(launched, std::min<int64_t>(blocks, multiprocessors() / cluster * cluster), cluster,
                            shared_bytes, stream);
@@ -200,9 +212,18 @@ struct Forward {
     }
     Place place;
     Turn turn;
+    PackedBlocks<kM> packed(p, p.cu_seqlens_q, p.total_q, p.seqlen_q, p.heads_q, p.num_splits);
     const uint32_t at_once = pairs ? 2 : 1, tiles = uint32_t(Work::blocks(p)) / at_once;
+    const int rows = int(at_once) * kM;
     for (uint32_t tile = blockIdx.x / at_once; tile < tiles;) {
-      Work work(p, tile, int(at_once) * kM);
+      int query_blocks = ceil_div(p.seqlen_q, rows);
+      HeadItem item;
+      if (kUsual || !launched.ragged) {
+        item = HeadItem(tile, query_blocks * p.num_splits, p.heads_q, p.batch, p.head_group);
+      } else if (!packed.find(tile, item, query_blocks)) {
+        break;
+      }
+      Work work(p, query_blocks, item, rows);
       work.query_begin += int(rank) * kM;
       const Tile next(p, work);
       if (next.has_rows() || next.clears(p)) {
@@ -240,15 +261,15 @@ struct Forward {
     const int batch = p.cu_seqlens_q ? 0 : next.work.batch, kv_head = next.work.head / (p.heads_q / p.heads_kv);
     uint32_t following = 0;
     // In pages, a lane for each box of rows.
-    const int rows = PAGES ? rows_of_page_box(p, kN) : kN, first = PAGES ? int(threadIdx.x) % 32 * rows : 0;
+    const int rows = kPages ? rows_of_page_box(p, kN) : kN, first = kPages ? int(threadIdx.x) % 32 * rows : 0;
     const auto find_box = [&](int key) { return PageBox(p, next.work.batch, key + first); };
     PageBox box;
-    if (PAGES) box = find_box(next.keys.begin);
+    if (kPages) box = find_box(next.keys.begin);
     for (int key = next.keys.begin; key < next.keys.end; key += kN) {
       const int stage = place.at, row = int(next.seq.first_k) + key;
       const auto load_keys = [&](const CUtensorMap& map, uint32_t dst, Barrier& full, Barrier& free) {
         free.wait(place.phase ^ 1);
-        if (PAGES) {
+        if (kPages) {
           load_pages(map, dst, full, first, box, kv_head);
         } else {
           load_rows(map, dst, full, row, kv_head, batch);
@@ -258,7 +279,7 @@ struct Forward {
       load_keys(launched.k, k_address(stage), barriers.k_full[stage], barriers.k_free[stage]);
       if (key == next.keys.begin) load_queries(next, turn, batch);
       load_keys(launched.v, v_address(stage), barriers.v_full[stage], barriers.v_free[stage]);
-      if (PAGES) box = find_box(key + kN);
+      if (kPages) box = find_box(key + kN);
       place.step(kStages);
     }
     return following;

@@ -106,25 +106,33 @@ struct QuerySums {
     using Launched = BackwardParams;
     static constexpr int kThreads = QuerySums::kThreads, kSharedBytes = kWarps * kScratch;
 
-    static FA_HOST_DEVICE int64_t blocks(const BackwardParams& p) {
-      return int64_t(ceil_div(p.seqlen_q, kM)) * p.heads_q * p.batch;
-    }
+    static FA_HOST_DEVICE int64_t blocks(const BackwardParams& p) { return p.heads_q * query_blocks(p, kM); }
 
     const BackwardParams& p;
     char* const shared;
 
     FA_DEVICE Kernel(const BackwardParams& p, char* shared) : p(p), shared(shared) {}
     FA_DEVICE void run() {
-      const HeadItem at(blockIdx.x, ceil_div(p.seqlen_q, kM), p.heads_q);
-      const int query = at.item * kM, head = at.head, batch = at.batch;
+      const int of_head = int(query_blocks(p, kM)), head = int(blockIdx.x) / of_head, place = int(blockIdx.x) % of_head;
+      const int batch = batch_of(place);
       const Sequence seq(p, batch);
+      const int query = (place - int(first_query_block(p, batch, seq.first_q, kM))) * kM;
       if (query >= seq.len_q) return;
-      const float* const sum =
-          static_cast<const float*>(p.dq_accum) + int64_t(index(p, seq, batch, head, query)) * (kM * D);
+      const float* const sum = static_cast<const float*>(p.dq_accum) + int64_t(blockIdx.x) * (kM * D);
       float value[kRegs];
       load(any(Mask(p, seq), query) ? sum : nullptr, value);
       write(p, value, shared + int(threadIdx.x) / 32 * kScratch, head_rows<T>(p.dq, batch, head, seq.first_q + query),
             seq.len_q - query);
+    }
+    // The last sequence whose sums begin there, or before.
+    FA_DEVICE int batch_of(int place) const {
+      if (p.cu_seqlens_q == nullptr) return place / ceil_div(p.seqlen_q, kM);
+      int batch = 0, end = p.batch;
+      while (end - batch > 1) {
+        const int middle = (batch + end) / 2, first = max_int(0, min_int(p.cu_seqlens_q[middle], p.total_q));
+        (first_query_block(p, middle, first, kM) <= place ? batch : end) = middle;
+      }
+      return batch;
     }
   };
 };

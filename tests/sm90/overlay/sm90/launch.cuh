@@ -10,7 +10,7 @@ namespace flash_attn {
 namespace sm90 {
 
 inline CUtensorMap tensor_map(const TensorRef& t, DType dtype, int batch, int rows, int heads, int head_dim,
-                              int box_rows, int box_cols = 64) {
+                              int box_rows, int box_cols = 64, bool = false) {
   return {static_cast<const char*>(t.data),
           {head_dim, rows, heads, batch},
           {1, t.row_stride, t.head_stride, t.batch_stride},
