@@ -51,6 +51,8 @@ struct Backend {
   Workspace (*plan_backward)(BackwardParams& params, const Queue& queue);
   void (*backward)(BackwardParams params, void* workspace, const Queue& queue);
 
+  void (*append)(const AppendParams& params, const Queue& queue);
+
   // The forward's key block for a head dimension: what split_size must be a multiple of.
   int (*key_block)(DType dtype, int head_dim);
 

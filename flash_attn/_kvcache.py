@@ -8,8 +8,7 @@ from torch import Tensor
 from flash_attn import _checks as check
 from flash_attn import _library
 from flash_attn import _prepare as prepare
-from flash_attn._ops import forward, gather_pages
-from flash_attn.ops.triton.rotary import rotate
+from flash_attn._ops import append, forward, gather_pages
 
 
 def flash_attn_with_kvcache(
@@ -65,17 +64,25 @@ def flash_attn_with_kvcache(
         capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
         new = 0 if k is None else k.shape[1]
         before = _lengths(cache_seqlens, q, capacity - new)
-        after = before if before is None or new == 0 else before + new
         if block_table is not None:
-            block_table = prepare.check_block_table(block_table, k_cache, q.shape[0], after, 0)
+            used = before
+            if before is not None and check.values_are_readable(before):
+                used = before + new
+            block_table = prepare.check_block_table(block_table, k_cache, q.shape[0], used, 0)
+        elif cache_batch_idx is not None:
+            block_table = _cache_rows(cache_batch_idx, q.shape[0], k_cache)[:, None]  # of pages that are whole rows
+        rotary = None
         if rotary_cos is not None or rotary_sin is not None:
-            local = check.window(window_size, causal) != (-1, -1)
-            q, k = _rotate(q, k, rotary_cos, rotary_sin, before, local, rotary_interleaved, capacity)
-        rows = None if cache_batch_idx is None else _cache_rows(cache_batch_idx, q.shape[0], k_cache)
+            if k is None or before is None:
+                fix = "pass the rows to append, or rotate beforehand"
+                check.fail("rotary_cos", "needs k, v and cache_seqlens", None, fix)
+            rotary = _check_rotary(rotary_cos, rotary_sin, q, capacity)
+        after = before
         if k is not None:
-            _append(k_cache, v_cache, k, v, before, rows, block_table)
-        if rows is not None:
-            block_table = rows[:, None]  # of pages that are whole rows
+            if before is None:
+                check.fail("cache_seqlens", "must be given with k and v", None, "pass the number of keys in the cache")
+            local = check.window(window_size, causal) != (-1, -1)
+            q, after = append(q, k, v, k_cache, v_cache, before, block_table, rotary, bool(rotary_interleaved), local)
         if cache_leftpad is not None:
             k_cache, v_cache, after = _skip_padding(q.shape[0], k_cache, v_cache, cache_leftpad, block_table, after)
             block_table = None
@@ -138,58 +145,12 @@ def _cache_rows(cache_batch_idx: Tensor, batch: int, k_cache: Tensor) -> Tensor:
     return index
 
 
-def _rotate(
-    q: Tensor,
-    k: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    before: Tensor | None,
-    local: bool,
-    interleaved: bool,
-    capacity: int,
-) -> tuple[Tensor, Tensor]:
-    """Rotary position embedding of q and of the rows to append."""
-    if k is None or before is None:
-        check.fail("rotary_cos", "needs k, v and cache_seqlens", None, "pass the rows to append, or rotate beforehand")
-    cos, sin = _check_rotary(cos, sin, q, capacity)
-    q_steps = torch.arange(q.shape[1], device=q.device) if local else q.new_zeros(q.shape[1], dtype=torch.int64)
-    k_steps = torch.arange(k.shape[1], device=q.device)
-    start = before.long()[:, None]
-    last = cos.shape[0] - 1  # q may be longer than what is appended, and then run past the table
-    q_at, k_at = (start + q_steps).clamp(max=last), (start + k_steps).clamp(max=last)
-    return rotate(q, cos[q_at], sin[q_at], interleaved), rotate(k, cos[k_at], sin[k_at], interleaved)
-
-
 def _check_rotary(cos: Any, sin: Any, q: Tensor, positions: int) -> tuple[Tensor, Tensor]:
     """cos and sin, which are [at least positions, rotary_dim / 2] with rotary_dim at most head_dim."""
     check.rotary_tables(cos, sin, q, ("rotary_cos", "rotary_sin"))
     if cos.shape[0] < positions:
         check.fail("rotary_cos", f"must have the cache's {positions} rows", cos.shape[0], "compute a longer table")
     return cos, sin
-
-
-def _append(
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k: Tensor,
-    v: Tensor,
-    before: Tensor | None,
-    rows: Tensor | None,
-    block_table: Tensor | None,
-) -> None:
-    """Writes k and v into the cache from position `before` on; rows: those of the cache, where not all in turn."""
-    if before is None:
-        check.fail("cache_seqlens", "must be given with k and v", None, "pass the number of keys in the cache")
-    position = before.long()[:, None] + torch.arange(k.shape[1], device=k.device)  # [batch, seqlen_new]
-    if block_table is None:
-        row = torch.arange(k.shape[0], device=k.device) if rows is None else rows.long()
-        index = row[:, None], position
-    else:
-        page_size = k_cache.shape[1]
-        page = torch.gather(block_table.long(), 1, position // page_size)
-        index = page, position % page_size
-    k_cache.index_put_(index, k)
-    v_cache.index_put_(index, v)
 
 
 def _skip_padding(

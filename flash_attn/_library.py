@@ -20,10 +20,12 @@ PAGES_ARGUMENTS = (
     "q k v block_table cu_seqlens_q cu_seqlens_k seqused_k alibi_slopes sink max_seqlen_q max_seqlen_k softmax_scale "
     "window_left window_right softcap split_size performance_mode deterministic"
 )
+APPEND_ARGUMENTS = "q k v k_cache v_cache cache_seqlens block_table rotary_cos rotary_sin interleaved queries_advance"
 _EXPECTED = {
     "forward": FORWARD_ARGUMENTS,
     "backward": BACKWARD_ARGUMENTS,
     "forward_pages": PAGES_ARGUMENTS,
+    "append": APPEND_ARGUMENTS,
 }
 
 _REBUILD = "rebuild with `pip install .` in the source tree, with the Python and the torch that you run"

@@ -222,6 +222,48 @@ def _forward_pages(
     return (out, softmax_lse) if out.numel() else None
 
 
+def append(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor,
+    block_table: Tensor | None,
+    rotary: tuple[Tensor, Tensor] | None,
+    interleaved: bool,
+    queries_advance: bool,
+) -> tuple[Tensor, Tensor]:
+    """Calls flash_attn::append, which writes k and v into the cache; returns q, rotated, and the lengths afterwards.
+
+    rotary is cos and sin, [seqlen_rotary, rotary_dim / 2], or None to rotate nothing. q's row i is rotated to position
+    cache_seqlens + i, or without queries_advance to cache_seqlens. What lies outside the cache is not written.
+    """
+    cos = sin = None
+    if rotary is not None:
+        accum = accum_dtype(q.dtype)
+        fits = rotary[0].dtype == rotary[1].dtype and rotary[0].dtype in (accum, q.dtype)
+        cos, sin = (innermost_contiguous(x if fits else x.to(accum)) for x in rotary)
+    caches = k_cache, v_cache
+    dense = tuple(map(innermost_contiguous, caches))
+    rotated, seqlens_after = torch.ops.flash_attn.append.default(
+        innermost_contiguous(q),
+        innermost_contiguous(k),
+        innermost_contiguous(v),
+        *dense,
+        cache_seqlens,
+        None if block_table is None else innermost_contiguous(block_table),
+        cos,
+        sin,
+        interleaved,
+        queries_advance,
+    )
+    for cache, written in zip(caches, dense, strict=True):
+        if written is not cache:
+            cache.copy_(written)
+    return q if rotary is None else rotated, seqlens_after
+
+
 def cumulative(batch: int, length: int, device: torch.device) -> Tensor:
     """cu_seqlens, int32 [batch + 1], of sequences of one length."""
     return torch.arange(batch + 1, dtype=torch.int32, device=device) * length
@@ -301,11 +343,17 @@ def _fake_backward(
     return softmax_lse.new_empty(softmax_lse.shape)
 
 
+def _fake_append(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    cache_seqlens, rotary_cos = rest[4], rest[6]
+    return q.new_empty(0 if rotary_cos is None else q.shape), cache_seqlens.new_empty(cache_seqlens.shape)
+
+
 def register() -> None:
     """Attaches the fake kernels and the gradient to the loaded operators; called once, on import."""
     torch.library.register_fake("flash_attn::forward", _fake_forward)
     torch.library.register_fake("flash_attn::backward", _fake_backward)
     torch.library.register_fake("flash_attn::forward_pages", lambda q, *_: (q.new_empty(0), q.new_empty(0)))
+    torch.library.register_fake("flash_attn::append", _fake_append)
     torch.library.register_autograd("flash_attn::forward", _backward, setup_context=_setup_context)
 
 

@@ -333,3 +333,87 @@ def test_device_of_the_tensors_is_used(cuda_only, dtype):
     assert all(tensor.device == mine[0].device for tensor in found)
     assert all(torch.equal(one.cpu(), other.cpu()) for one, other in zip(found, expected, strict=True))
     assert torch.cuda.current_device() == 0
+
+
+class TestAppend:
+    """flash_attn::append, to which no cache length and no page is too wrong."""
+
+    @staticmethod
+    def problem(device, **changes):
+        """Two new rows of two sequences, two heads; a cache of three pages of four."""
+        step = {name: torch.randn(2, 2, 2, 16, device=device) for name in "qkv"}
+        arguments = {
+            **step,
+            "k_cache": torch.zeros(3, 4, 2, 16, device=device),
+            "v_cache": torch.zeros(3, 4, 2, 16, device=device),
+            "cache_seqlens": ends(device, 0, 3),
+            "block_table": torch.tensor([[2, 1], [0, 1]], dtype=torch.int32, device=device),
+            "rotary_cos": None,
+            "rotary_sin": None,
+            "interleaved": False,
+            "queries_advance": True,
+        }
+        return {**arguments, **changes}
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"q": torch.zeros(2, 2, 16)}, r"^q: must have 4 dimensions"),
+            ({"q": torch.zeros(2, 2, 2, 300)}, r"^q: head_dim must be between 1 and 256, got 300"),
+            ({"q": torch.zeros(2, 2, 2, 16, dtype=torch.int32)}, r"^q: dtype must be .*got int32"),
+            ({"k": torch.zeros(1, 2, 2, 16)}, r"^k: batch must be q's, got 1"),
+            ({"v": torch.zeros(2, 3, 2, 16)}, r"^v: shape must be \[2, 2, 2, 16\]"),
+            ({"v": torch.zeros(2, 2, 2, 16).half()}, r"^v: dtype must be float32, got float16"),
+            ({"k_cache": torch.zeros(3, 4, 1, 16)}, r"^k_cache: heads and head_dim must be k's, \[2, 16\]"),
+            ({"k_cache": torch.zeros(1, 4, 2, 16).expand(3, 4, 2, 16)}, r"^k_cache: elements must not share memory"),
+            ({"v_cache": torch.zeros(3, 5, 2, 16)}, r"^v_cache: shape must be"),
+            ({"block_table": None}, r"^k_cache: batch must be q's, got 3"),
+            ({"block_table": torch.zeros(3, 2, dtype=torch.int32)}, r"^block_table: must have a row for each of 2"),
+            ({"block_table": torch.zeros(2, 2)}, r"^block_table: dtype must be int32"),
+            ({"cache_seqlens": torch.zeros(3, dtype=torch.int32)}, r"^cache_seqlens: shape must be \[2\]"),
+            ({"rotary_cos": torch.zeros(8, 4)}, r"^rotary_sin: must be given exactly when"),
+            ({"rotary_cos": torch.zeros(8, 9), "rotary_sin": torch.zeros(8, 9)}, r"^rotary_cos: rotary_dim must be"),
+            ({"rotary_cos": torch.zeros(8, 4), "rotary_sin": torch.zeros(9, 4)}, r"^rotary_sin: shape must be"),
+            ({"rotary_cos": torch.zeros(0, 4), "rotary_sin": torch.zeros(0, 4)}, r"^rotary_cos: must have 1 to 2\^30"),
+            (
+                {"rotary_cos": torch.zeros(8, 4).half(), "rotary_sin": torch.zeros(8, 4).half()},
+                r"^rotary_cos: dtype must be float32, got float16",
+            ),
+        ],
+    )
+    def test_refusals(self, changes, message):
+        with pytest.raises(ValueError, match=message):
+            OPS.append(*self.problem("cpu", **changes).values())
+
+    def test_pages_and_lengths(self, device):
+        arguments = self.problem(device)
+        rotated, after = OPS.append(*arguments.values())
+        assert rotated.numel() == 0 and after.tolist() == [2, 5]
+        for name in "kv":
+            cache, new = arguments[f"{name}_cache"], arguments[name]
+            assert torch.equal(cache[2, :2], new[0])
+            assert torch.equal(torch.stack([cache[0, 3], cache[1, 0]]), new[1])
+            assert not cache[0, :3].any() and not cache[1, 1:].any() and not cache[2, 2:].any()
+
+    @pytest.mark.parametrize("lengths", [(-1, 8), (7, -(2**31)), (2**31 - 3, 9)])
+    @pytest.mark.parametrize("page", [3, -1, 2**31 - 1])
+    def test_nothing_outside_the_cache_is_written(self, device, lengths, page):
+        around = torch.zeros(2, 5, 4, 2, 16, device=device)
+        table = torch.full((2, 2), page, dtype=torch.int32, device=device)
+        table[0, 0], table[0, 1] = 0, 2
+        arguments = self.problem(device, k_cache=around[0, 1:4], v_cache=around[1, 1:4], block_table=table)
+        tables = {"rotary_cos": torch.ones(2, 4, device=device), "rotary_sin": torch.ones(2, 4, device=device)}
+        OPS.append(*{**arguments, **tables, "cache_seqlens": ends(device, *lengths)}.values())
+        written = {-1: (0, 0), 7: (2, 3)}.get(lengths[0])  # the row of one of the first sequence's two keys
+        for cache in around:
+            assert not cache[0].any() and not cache[4].any()
+            if written is not None:
+                assert cache[1:4][written].any()
+                cache[1:4][written] = 0
+            assert not cache.any()
+
+    def test_no_rows(self, device):
+        empty = {name: torch.zeros(2, 0, 2, 16, device=device) for name in "kv"}
+        arguments = self.problem(device, **empty)
+        assert OPS.append(*arguments.values())[1].tolist() == [0, 3]
+        assert not arguments["k_cache"].any()

@@ -93,9 +93,12 @@ def test_mode_is_guarded(device):
             assert torch.equal(fast(q, k, v), flash_attn_func(q, k, v))
 
 
-def test_decoding_step(device):
+@pytest.mark.parametrize("rotates", [False, True])
+def test_decoding_step(device, rotates):
+    tables = [torch.rand(40, 8, device=device) for _ in "cs"] if rotates else [None, None]
+
     def step(q, k_cache, v_cache, k, v, used):
-        return flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=used, causal=True)
+        return flash_attn_with_kvcache(q, k_cache, v_cache, k, v, *tables, cache_seqlens=used, causal=True)
 
     fast = compiled(step)
     results = []
@@ -151,6 +154,16 @@ def test_opcheck_backward(device, packed):
     scalars = (9, options.max_seqlen_k, 0.2, -1, 0, 0.0, 0.0, True, False)
     arguments = (dout, dlse, q, k, v, out, lse, *found, *tensors, *scalars)
     torch.library.opcheck(torch.ops.flash_attn.backward.default, arguments)
+
+
+@pytest.mark.parametrize("rotates", [False, True])
+def test_opcheck_append(device, rotates):
+    q, k, v = random_qkv(device, torch.float32, 2, 3, heads_kv=2, dim=16)
+    caches = (torch.zeros(2, 20, 2, 16, device=device) for _ in "kv")
+    used = torch.tensor([3, 11], dtype=torch.int32, device=device)
+    tables = (torch.rand(20, 8, device=device) for _ in "cs") if rotates else (None, None)
+    arguments = (q, k, v, *caches, used, None, *tables, False, True)
+    torch.library.opcheck(torch.ops.flash_attn.append.default, arguments)
 
 
 def test_meta_tensors_propagate_shapes():

@@ -173,6 +173,41 @@ def test_rotary(device, interleaved, causal):
     assert torch.equal(k_cache[2, 23:26], k_turned[2])
 
 
+@pytest.mark.parametrize("of_tables", [None, torch.float32, torch.float64])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("dim", "pairs"), [(64, 32), (64, 20), (40, 3), (33, 16), (3, 1)])
+def test_rotary_of_every_size(device, dtype, dim, pairs, interleaved, of_tables):
+    """Whole heads and parts of them, with and without 16-byte rows, tables of q's dtype and of others, into pages."""
+    q, k, v = random_qkv(device, dtype, 3, 4, heads_kv=2, dim=dim)
+    angle = torch.rand(CAPACITY, pairs) * 6.0
+    cos, sin = (x.to(device, of_tables or dtype) for x in (angle.cos(), angle.sin()))
+    pool = torch.zeros(2, 3 * CAPACITY // 8, 8, 2, dim).to(device, dtype)
+    table = torch.randperm(pool.shape[1]).view(3, -1).to(device)
+    used = lengths_tensor(device)
+    settings = {"cache_seqlens": used, "causal": True, "rotary_interleaved": interleaved}
+    out = flash_attn_with_kvcache(q, *pool, k, v, cos, sin, block_table=table.int(), **settings)
+    q_turned, k_turned = (apply_rotary_emb(x, cos, sin, interleaved, seqlen_offsets=used) for x in (q, k))
+    for cache, new in zip(pool, (k_turned, v), strict=True):
+        rows = cache[table].flatten(1, 2)
+        for b, n in enumerate(LENGTHS):
+            assert torch.equal(rows[b, n : n + 4], new[b]) and not rows[b, :n].any() and not rows[b, n + 4 :].any()
+    caches = (torch.zeros(3, CAPACITY, 2, dim).to(device, dtype) for _ in "kv")
+    assert torch.equal(out, flash_attn_with_kvcache(q_turned, *caches, k_turned, v, cache_seqlens=used, causal=True))
+
+
+def test_queries_may_be_more_than_the_new_keys(device):
+    """Those past the tables stand at their last position."""
+    k_cache, v_cache, q, k, v = cache_and_step(device, torch.float32)
+    angle = torch.rand(CAPACITY, 32)
+    cos, sin = angle.cos().to(device), angle.sin().to(device)
+    lengths = [CAPACITY - 1] * 3
+    step = {"cache_seqlens": lengths_tensor(device, lengths), "causal": True, "rotary_interleaved": False}
+    out = flash_attn_with_kvcache(q, k_cache, v_cache, k[:, :1], v[:, :1], cos, sin, **step)
+    at = torch.tensor([CAPACITY - 1] * 3, device=device)
+    q_turned = apply_rotary_emb(q, cos[at], sin[at])
+    assert torch.equal(out, flash_attn_with_kvcache(q_turned, k_cache, v_cache, causal=True))
+
+
 def test_alibi_counts_from_the_end(device):
     k_cache, v_cache, q, k, v = cache_and_step(device, torch.float32)
     slopes = torch.rand(4, device=device)
@@ -190,6 +225,16 @@ def test_strided_cache(device):
     settings = {"cache_seqlens": lengths_tensor(device), "causal": True}
     assert torch.equal(flash_attn_with_kvcache(q, both[:, :, 0], both[:, :, 1], k, v, **settings), expected)
     assert torch.equal(both[0, 5:7, 1], v[0])
+
+
+def test_cache_of_any_strides(device):
+    """Heads' elements far apart: written and read through a copy."""
+    k_cache, v_cache, q, k, v = cache_and_step(device, torch.float32)
+    caches = [x.movedim(-1, 0).contiguous().movedim(0, -1) for x in (k_cache, v_cache)]
+    settings = {"cache_seqlens": lengths_tensor(device), "causal": True}
+    out = flash_attn_with_kvcache(q, *caches, k, v, **settings)
+    assert torch.equal(out, flash_attn_with_kvcache(q, k_cache, v_cache, k, v, **settings))
+    assert torch.equal(caches[0], k_cache) and torch.equal(caches[1], v_cache)
 
 
 def test_compiled_module_signature(device):

@@ -5,11 +5,6 @@
 #include "binding/refuse.h"
 
 namespace flash_attn {
-namespace {
-
-// Positions and their sums stay inside an int; element offsets are 64 bits wide everywhere.
-constexpr int64_t kMaxLength = int64_t{1} << 30;
-
 void require_beside(const char* name, const Tensor& tensor, const Tensor& like) {
   if (torch_device_type(tensor) != torch_device_type(like) || tensor.get_device_index() != like.get_device_index()) {
     refuse(name, "must be on " + device_name(like) + " like q", device_name(tensor), "move it with .to(q.device)");
@@ -29,6 +24,8 @@ void require_shape(const char* name, const Tensor& tensor, const Shape& shape) {
     refuse(name, "shape must be " + to_string(shape), to_string(shape_of(tensor)), "see the operator's documentation");
   }
 }
+
+namespace {
 
 void require_contiguous(const char* name, const Tensor& tensor) {
   if (!tensor.is_contiguous()) {
@@ -134,10 +131,9 @@ void check_seqused(const AttentionParams& params) {
 
 void read_lengths(const Arguments& arguments, AttentionParams& params) {
   const Shape ends = {int64_t{params.batch} + 1};
-  const int32_t int32 = aoti_torch_dtype_int32();
-  params.cu_seqlens_q = read_vector<int32_t>("cu_seqlens_q", arguments.cu_seqlens_q, arguments.q, int32, ends);
-  params.cu_seqlens_k = read_vector<int32_t>("cu_seqlens_k", arguments.cu_seqlens_k, arguments.q, int32, ends);
-  params.seqused_k = read_vector<int32_t>("seqused_k", arguments.seqused_k, arguments.q, int32, {params.batch});
+  params.cu_seqlens_q = read_int32s("cu_seqlens_q", arguments.cu_seqlens_q, arguments.q, ends);
+  params.cu_seqlens_k = read_int32s("cu_seqlens_k", arguments.cu_seqlens_k, arguments.q, ends);
+  params.seqused_k = read_int32s("seqused_k", arguments.seqused_k, arguments.q, {params.batch});
   if (!arguments.q.is_cpu()) return;
   if (params.cu_seqlens_q) {
     check_boundaries("cu_seqlens_q", params.cu_seqlens_q, params.batch, params.total_q, params.seqlen_q);
@@ -200,47 +196,60 @@ bool overlaps_itself(const Tensor& tensor) {
 
 }  // namespace
 
-AttentionParams read_arguments(const Arguments& arguments) {
-  AttentionParams params{};
-  const std::optional<DType> dtype = kernel_dtype(arguments.q);
+const int32_t* read_int32s(const char* name, const OptionalTensor& tensor, const Tensor& like, const Shape& shape) {
+  return read_vector<int32_t>(name, tensor, like, aoti_torch_dtype_int32(), shape);
+}
+
+DType read_dtype(const Tensor& q) {
+  const std::optional<DType> dtype = kernel_dtype(q);
   if (!dtype) {
-    refuse("q", "dtype must be float16, bfloat16, float32 or (on the CPU) float64",
-           dtype_name(torch_dtype(arguments.q)), "convert q, k and v");
+    refuse("q", "dtype must be float16, bfloat16, float32 or (on the CPU) float64", dtype_name(torch_dtype(q)),
+           "convert q, k and v");
   }
-  if (*dtype == DType::kFloat64 && !arguments.q.is_cpu()) {
+  if (*dtype == DType::kFloat64 && !q.is_cpu()) {
     refuse("q", "dtype must be float16, bfloat16 or float32 on a GPU", "float64",
            "float64 kernels exist on the CPU only: move q, k and v there or convert them");
   }
-  params.dtype = *dtype;
+  return *dtype;
+}
+
+AttentionParams read_arguments(const Arguments& arguments) {
+  AttentionParams params{};
+  params.dtype = read_dtype(arguments.q);
   read_sizes(arguments, params);
-  params.q = read_tensor("q", arguments.q, arguments.q, *dtype);
-  params.k = read_tensor("k", arguments.k, arguments.q, *dtype);
-  params.v = read_tensor("v", arguments.v, arguments.q, *dtype);
+  params.q = read_tensor("q", arguments.q, arguments.q, params.dtype);
+  params.k = read_tensor("k", arguments.k, arguments.q, params.dtype);
+  params.v = read_tensor("v", arguments.v, arguments.q, params.dtype);
   read_lengths(arguments, params);
   read_modifiers(arguments, params);
-  params.aligned = is_aligned(params.q, arguments.q, *dtype) && is_aligned(params.k, arguments.k, *dtype) &&
-                   is_aligned(params.v, arguments.v, *dtype);
+  params.aligned = is_aligned(params.q, arguments.q, params.dtype) &&
+                   is_aligned(params.k, arguments.k, params.dtype) && is_aligned(params.v, arguments.v, params.dtype);
   return params;
 }
 
-void read_pages(const Arguments& arguments, ForwardParams& params) {
-  if (!arguments.block_table) return;
-  const Tensor& table = *arguments.block_table;
-  require_beside("block_table", table, arguments.q);
+PageTable read_table(const Tensor& table, const Tensor& like, const Shape& pages, int64_t batch, int64_t keys) {
+  require_beside("block_table", table, like);
   require_dtype("block_table", table, aoti_torch_dtype_int32());
-  const Shape shape = shape_of(table), pages = shape_of(arguments.k);
-  if (shape.size() != 2 || shape[0] != params.batch || shape[1] * pages[1] < params.seqlen_k) {
+  const Shape shape = shape_of(table);
+  if (shape.size() != 2 || shape[0] != batch || shape[1] * pages[1] < keys) {
     refuse("block_table",
-           "must have a row for each of " + std::to_string(params.batch) + " sequences, of pages for " +
-               std::to_string(params.seqlen_k) + " keys",
+           "must have a row for each of " + std::to_string(batch) + " sequences, of pages for " +
+               std::to_string(keys) + " keys",
            to_string(shape), "add columns");
   }
   require(shape[1] <= 1 || table.stride(1) == 1, "block_table", "the last dimension's stride must be 1",
           table.stride(1), "call .contiguous()");
+  return {static_cast<const int32_t*>(table.data_ptr()), table.stride(0), static_cast<int>(shape[1])};
+}
+
+void read_pages(const Arguments& arguments, ForwardParams& params) {
+  if (!arguments.block_table) return;
+  const Shape pages = shape_of(arguments.k);
+  const PageTable table = read_table(*arguments.block_table, arguments.q, pages, params.batch, params.seqlen_k);
   require(pages[0] >= 1 && pages[0] <= kMaxLength && pages[1] >= 1 && pages[1] <= kMaxLength, "k",
           "there must be 1 to 2^30 pages of 1 to 2^30 keys", pages[0] * pages[1], "check the cache");
-  params.block_table = static_cast<const int32_t*>(table.data_ptr());
-  params.block_table_stride = table.stride(0);
+  params.block_table = table.entries;
+  params.block_table_stride = table.stride;
   params.pages = static_cast<int>(pages[0]);
   params.page_size = static_cast<int>(pages[1]);
 }

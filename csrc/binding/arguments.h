@@ -8,6 +8,9 @@ namespace flash_attn {
 
 inline const OptionalTensor kNoTensor;
 
+// Positions and their sums stay inside an int; element offsets are 64 bits wide everywhere.
+constexpr int64_t kMaxLength = int64_t{1} << 30;
+
 // The arguments that forward and backward share, as torch hands them over; names as in the operators' schemas.
 struct Arguments {
   const Tensor& q;  // [batch, seqlen_q, heads_q, head_dim], or [total_q, heads_q, head_dim] when packed
@@ -33,6 +36,25 @@ AttentionParams read_arguments(const Arguments& arguments);
 
 // What it says.
 void read_pages(const Arguments& arguments, ForwardParams& params);
+
+// Throw, as the above does, unless the tensor is on like's device, of that dtype, of that shape.
+void require_beside(const char* name, const Tensor& tensor, const Tensor& like);
+void require_dtype(const char* name, const Tensor& tensor, int32_t dtype);
+void require_shape(const char* name, const Tensor& tensor, const Shape& shape);
+
+// The kernels' dtype for q.
+DType read_dtype(const Tensor& q);
+
+// int32, contiguous; null where absent.
+const int32_t* read_int32s(const char* name, const OptionalTensor& tensor, const Tensor& like, const Shape& shape);
+
+// int32 [batch, pages of a sequence], with room for `keys` in pages of the shape [pages, page_size, ...].
+struct PageTable {
+  const int32_t* entries;
+  int64_t stride;
+  int columns;
+};
+PageTable read_table(const Tensor& table, const Tensor& like, const Shape& pages, int64_t batch, int64_t keys);
 
 // The shape of softmax_lse and delta: [batch, heads_q, seqlen_q], packed [heads_q, total_q].
 Shape rows_shape(const AttentionParams& params);

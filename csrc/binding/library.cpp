@@ -26,6 +26,11 @@ constexpr const char* kBackward =
     "Tensor? alibi_slopes, Tensor? sink, Tensor? rng_state, SymInt max_seqlen_q, SymInt max_seqlen_k, "
     "float softmax_scale, SymInt window_left, SymInt window_right, float softcap, float dropout_p, "
     "bool deterministic, bool performance_mode) -> Tensor delta";
+
+constexpr const char* kAppend =
+    "append(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_seqlens, "
+    "Tensor? block_table, Tensor? rotary_cos, Tensor? rotary_sin, bool interleaved, bool queries_advance) "
+    "-> (Tensor rotated_q, Tensor seqlens_after)";
 // clang-format on
 
 DType dtype_from_name(const std::string& name) {
@@ -58,6 +63,7 @@ STABLE_TORCH_LIBRARY(flash_attn, library) {
   library.def(flash_attn::kForward);
   library.def(flash_attn::kBackward);
   library.def(flash_attn::kForwardPages);
+  library.def(flash_attn::kAppend);
   library.def("build_info() -> str");
   library.def("key_block(str device_type, str dtype, int head_dim) -> int");
   library.def("describe(str device_type, int device_index) -> str");
@@ -67,6 +73,7 @@ STABLE_TORCH_LIBRARY_IMPL(flash_attn, CPU, library) {
   library.impl("forward", TORCH_BOX(&flash_attn::forward));
   library.impl("backward", TORCH_BOX(&flash_attn::backward));
   library.impl("forward_pages", TORCH_BOX(&flash_attn::forward_pages));
+  library.impl("append", TORCH_BOX(&flash_attn::append));
 }
 
 #ifdef FLASH_ATTENTION_GPU
@@ -75,6 +82,7 @@ STABLE_TORCH_LIBRARY_IMPL(flash_attn, CUDA, library) {
   library.impl("forward", TORCH_BOX(&flash_attn::forward));
   library.impl("backward", TORCH_BOX(&flash_attn::backward));
   library.impl("forward_pages", TORCH_BOX(&flash_attn::forward_pages));
+  library.impl("append", TORCH_BOX(&flash_attn::append));
 }
 
 #endif

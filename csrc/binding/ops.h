@@ -52,4 +52,11 @@ Tensor backward(const Tensor& dout, const OptionalTensor& dlse, const Tensor& q,
                 int64_t window_left, int64_t window_right, double softcap, double dropout_p, bool deterministic,
                 bool performance_mode);
 
+// Writes k and v into the caches, [pages, page_size, heads_kv, head_dim], behind the keys that cache_seqlens counts.
+// Returns q rotated (or an empty tensor, without tables) and how many keys there are afterwards, int32 [batch].
+std::tuple<Tensor, Tensor> append(const Tensor& q, const Tensor& k, const Tensor& v, Tensor k_cache, Tensor v_cache,
+                                  const Tensor& cache_seqlens, const OptionalTensor& block_table,
+                                  const OptionalTensor& rotary_cos, const OptionalTensor& rotary_sin, bool interleaved,
+                                  bool queries_advance);
+
 }  // namespace flash_attn

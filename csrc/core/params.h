@@ -112,4 +112,29 @@ struct BackwardParams : AttentionParams {
   bool deterministic;
 };
 
+// New rows for a cache of keys and values, and queries to rotate.
+struct AppendParams {
+  TensorRef q, rotated_q;         // [batch, seqlen_q, heads_q, head_dim]
+  TensorRef k, v;                 // [batch, seqlen_new, heads_kv, head_dim]
+  TensorRef k_cache, v_cache;     // [pages, page_size, heads_kv, head_dim]
+  int batch, heads_q, heads_kv, head_dim;
+  int seqlen_q, seqlen_new;
+  // As in ForwardParams; without a table sequence b has page b alone.
+  const int32_t* block_table;     // [batch, pages_of_sequence] or null
+  int64_t block_table_stride;
+  int pages, page_size, pages_of_sequence;
+  const int32_t* seqlens;         // [batch]: keys in the cache before
+  int32_t* seqlens_after;         // [batch]: and afterwards, written
+  const void* rotary_cos;         // [rotary_positions, rotary_pairs]; the last stride is 1
+  const void* rotary_sin;
+  int64_t cos_stride, sin_stride;
+  int rotary_pairs;               // 0: nothing is rotated
+  int rotary_positions;
+  bool tables_are_accum;          // else of the dtype
+  bool interleaved;               // pairs are neighbours rather than two halves
+  bool queries_advance;           // query i stands at seqlens + i, else all of them at seqlens
+  DType dtype;
+  bool aligned;                   // every pointer and stride of tensors and caches allows 16-byte access
+};
+
 }  // namespace flash_attn

@@ -9,7 +9,7 @@
 
 namespace flash_attn {
 
-enum class KernelKind : int8_t { kForward, kCombine, kPreprocess, kBackward, kFinishDq };
+enum class KernelKind : int8_t { kForward, kCombine, kPreprocess, kBackward, kFinishDq, kAppend };
 
 // What an instance is compiled for. A kind that does not depend on a field has its default there.
 struct KernelKey {

@@ -188,6 +188,12 @@ void backward(BackwardParams p, void* workspace, const Queue& queue) {
   launch(finish, p, scratch, queue);
 }
 
+// ---- append --------------------------------------------------------------------------------------------------------
+
+void append(const AppendParams& p, const Queue& queue) {
+  launch(find(KernelKind::kAppend, p.dtype), p, nullptr, queue);
+}
+
 int key_block(DType dtype, int head_dim) { return find(KernelKind::kForward, dtype, head_dim).block_n; }
 
 const char* describe(const Queue& queue) {
@@ -199,7 +205,7 @@ const char* describe(const Queue& queue) {
 void check_device(int) {}
 
 const Backend kCpuBackend = {"cpu",         check_device, plan_forward, forward, reads_pages,
-                             plan_backward, backward,     key_block,    describe};
+                             plan_backward, backward,     append,       key_block,    describe};
 
 }  // namespace
 

@@ -449,6 +449,14 @@ void backward(BackwardParams p, void* workspace, const Queue& queue) {
   if (!kernel.persistent) launch(find(queue, KernelKind::kFinishDq, p.dtype, p.head_dim), p, queue);
 }
 
+// ---- append --------------------------------------------------------------------------------------------------------
+
+void append(const AppendParams& p, const Queue& queue) {
+  use_device(queue);
+  AppendParams params = p;
+  launch(find(queue, KernelKind::kAppend, p.dtype), params, queue);
+}
+
 // That of the first device.
 int key_block(DType dtype, int head_dim) {
   check_device(0);
@@ -465,7 +473,7 @@ const char* describe(const Queue& queue) {
 }
 
 const Backend kGpuBackend = {"cuda", check_device, plan_forward, forward, reads_pages,
-                              plan_backward, backward, key_block, describe};
+                              plan_backward, backward, append, key_block, describe};
 
 }  // namespace
 

@@ -95,6 +95,20 @@ class BackwardParams(AttentionParams):
     ]
 
 
+class AppendParams(ctypes.Structure):
+    _fields_ = [
+        *_fields(TensorRef, "q rotated_q k v k_cache v_cache"),
+        *_fields(ctypes.c_int32, "batch heads_q heads_kv head_dim seqlen_q seqlen_new"),
+        *_fields(ctypes.c_int64, "block_table block_table_stride"),
+        *_fields(ctypes.c_int32, "pages page_size pages_of_sequence"),
+        *_fields(ctypes.c_int64, "seqlens seqlens_after rotary_cos rotary_sin cos_stride sin_stride"),
+        *_fields(ctypes.c_int32, "rotary_pairs rotary_positions"),
+        *_fields(ctypes.c_bool, "tables_are_accum interleaved queries_advance"),
+        ("dtype", ctypes.c_int8),
+        ("aligned", ctypes.c_bool),
+    ]
+
+
 def tensor_ref(x: Tensor) -> TensorRef:
     """Of [batch, seq, heads, dim], or packed [total, heads, dim]."""
     batch_stride = x.stride(0) if x.dim() == 4 else 0
@@ -104,6 +118,14 @@ def tensor_ref(x: Tensor) -> TensorRef:
 def rows_ref(x: Tensor) -> RowsRef:
     """Of [batch, heads, seq], or packed [heads, total]."""
     return RowsRef(x.data_ptr(), x.stride(0) if x.dim() == 3 else 0, x.stride(-2))
+
+
+def are_aligned(*tensors: Tensor) -> bool:
+    """Whether all of them allow 16-byte access."""
+    return all(
+        x.data_ptr() % 16 == 0 and all(n * x.element_size() % 16 == 0 for n in (*x.stride()[:-1], x.shape[-1]))
+        for x in tensors
+    )
 
 
 # ---- calls -----------------------------------------------------------------------------------------------------------
@@ -164,11 +186,7 @@ class Problem:
 
     @property
     def is_aligned(self) -> bool:
-        size = self.q.element_size()
-        return all(
-            x.data_ptr() % 16 == 0 and all(s * size % 16 == 0 for s in x.stride()[:-1]) and x.shape[-1] * size % 16 == 0
-            for x in (self.q, self.k, self.v)
-        )
+        return are_aligned(self.q, self.k, self.v)
 
     def pointer(self, x: Tensor | None) -> int:
         if x is None:
@@ -315,3 +333,39 @@ class Emulator:
         self.run(kernel, p, problem.keep_alive)
         self.run(self.find("FinishDq", dtype, dim), p, problem.keep_alive)
         return gradients
+
+    def append(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        caches: tuple[Tensor, Tensor],
+        seqlens: Tensor,
+        block_table: Tensor | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        interleaved: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """q, rotated, and the lengths afterwards; queries advance."""
+        rotated, after = torch.full_like(q, torch.nan), torch.full_like(seqlens, -1)
+        p = AppendParams()
+        p.q, p.rotated_q, p.k, p.v, p.k_cache, p.v_cache = map(tensor_ref, (q, rotated, k, v, *caches))
+        p.batch, p.seqlen_q, p.heads_q, p.head_dim = q.shape
+        p.seqlen_new, p.heads_kv = k.shape[1:3]
+        p.pages, p.page_size = caches[0].shape[:2]
+        p.pages_of_sequence = 1
+        p.seqlens, p.seqlens_after = seqlens.data_ptr(), after.data_ptr()
+        memory = [q, rotated, k, v, *caches, seqlens, after]
+        if block_table is not None:
+            p.block_table, p.block_table_stride = block_table.data_ptr(), block_table.stride(0)
+            p.pages_of_sequence = block_table.shape[1]
+            memory.append(block_table)
+        if rotary is not None:
+            p.rotary_cos, p.rotary_sin = (x.data_ptr() for x in rotary)
+            p.cos_stride, p.sin_stride = (x.stride(0) for x in rotary)
+            p.rotary_positions, p.rotary_pairs = rotary[0].shape
+            p.tables_are_accum = rotary[0].dtype == torch.float32
+            memory += rotary
+        p.interleaved, p.queries_advance = interleaved, True
+        p.dtype, p.aligned = list(DTYPES).index(q.dtype), are_aligned(q, k, v, *caches)
+        self.run(self.find("Append", q.dtype), p, memory)
+        return rotated, after

@@ -16,6 +16,7 @@ from helpers import (
     random_qkv,
 )
 
+from flash_attn.ops.triton.rotary import apply_rotary
 from flash_attn.reference import attention_reference
 
 FLOATS = pytest.mark.parametrize("dtype", list(DTYPES), ids=DTYPES.values())
@@ -133,3 +134,37 @@ def test_infinite_keys_stay_in_their_rows(emulator, dtype):
     out, _, _ = emulator.forward(Problem(q, k, v, causal=True))
     assert torch.equal(out[0, :70], clean[0, :70]) and torch.equal(out[0, :, 0], clean[0, :, 0])
     assert out[0, 70:, 1].isnan().all()
+
+
+@FLOATS
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("dim", "pairs"), [(64, 32), (64, 20), (33, 16)])
+def test_append(emulator, dtype, dim, pairs, interleaved):
+    """Rotated rows in pages, behind what they hold; nothing beside them, nor where there is no page."""
+    q, k, v = random_qkv("cpu", dtype, batch=3, seqlen_q=5, seqlen_k=5, heads_q=4, heads_kv=2, dim=dim)
+    caches = tuple(torch.zeros(9, 8, 2, dim, dtype=dtype) for _ in "kv")
+    table = torch.tensor([[4, 0, 7], [8, 1, 2], [5, 10**6, -1]], dtype=torch.int32)
+    lengths = torch.tensor([0, 19, 6], dtype=torch.int32)
+    angle = torch.rand(24, pairs) * 6.0
+    for tables in ((angle.cos(), angle.sin()), (angle.cos().to(dtype), angle.sin().to(dtype))):
+        for cache in caches:
+            cache.zero_()
+        rotated, after = emulator.append(q, k, v, caches, lengths, table, tables, interleaved)
+        assert after.tolist() == [5, 24, 11]
+        turned = [apply_rotary(x, *tables, seqlen_offsets=lengths, interleaved=interleaved) for x in (q, k)]
+        assert torch.equal(rotated, turned[0])
+        for cache, new in zip(caches, (turned[1], v), strict=True):
+            expected = torch.zeros_like(cache)
+            expected[4, :5], expected[2, 3:], expected[5, 6:] = new[0], new[1], new[2, :2]
+            assert torch.equal(cache, expected)
+
+
+@FLOATS
+def test_append_without_pages_or_tables(emulator, dtype):
+    q, k, v = random_qkv("cpu", dtype, batch=2, seqlen_q=3, seqlen_k=3, heads_q=2, heads_kv=2, dim=64)
+    caches = tuple(torch.zeros(2, 7, 2, 64, dtype=dtype) for _ in "kv")
+    rotated, after = emulator.append(q, k, v, caches, torch.tensor([4, 0], dtype=torch.int32))
+    assert rotated.isnan().all() and after.tolist() == [7, 3]
+    for cache, new in zip(caches, (k, v), strict=True):
+        assert torch.equal(cache[0, 4:], new[0]) and torch.equal(cache[1, :3], new[1])
+        assert not cache[0, :4].any() and not cache[1, 3:].any()

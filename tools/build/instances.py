@@ -40,6 +40,7 @@ FAMILIES = (
     Family("FinishDq", "cuda/kernels/finish_dq.cuh", by_head_dim=True, by_modified=False, alone=False),
     Family("Preprocess", "cuda/kernels/preprocess.cuh", True, by_modified=False, alone=False, performance=("fp16",)),
     Family("Combine", "cuda/kernels/combine.cuh", by_head_dim=False, by_modified=False, alone=False),
+    Family("Append", "cuda/kernels/append.cuh", by_head_dim=False, by_modified=False, alone=False),
 )
 
 
