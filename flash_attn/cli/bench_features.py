@@ -235,12 +235,15 @@ class Decoder(NamedTuple):
     deterministic: bool = False
     split_size: int | None = None
     page_size: int | None = None  # of a cache in pages, in random order
+    appends: bool = False  # the last key, which is rotated as the query is
 
 
-# Keys split as fills the machine, from pages likewise, never split, split at fixed places.
+# Keys split as fills the machine, from pages likewise, with what a model's step does beside, never split, split at
+# fixed places.
 DECODERS = {
     OURS: Decoder(),
     "pages of 16": Decoder(page_size=16),
+    "appending": Decoder(appends=True),
     "deterministic": Decoder(deterministic=True),
     "split_size 2048": Decoder(deterministic=True, split_size=2048),
 }
@@ -294,6 +297,12 @@ def prepare_decoding(name: str, cache: Cache, sizes: Sizes, dtype: torch.dtype, 
     k, v = (new(cache.batch, cache.keys, cache.heads_kv, sizes.cache_dim) for _ in range(2))
     if name in DECODERS:
         decoder = DECODERS[name]
+        if decoder.appends:
+            key, value = (new(cache.batch, 1, cache.heads_kv, sizes.cache_dim) for _ in range(2))
+            cos, sin = (new(cache.keys, sizes.cache_dim // 2) for _ in range(2))
+            before = torch.full((cache.batch,), cache.keys - 1, dtype=torch.int32, device=device)
+            settings: dict[str, Any] = {"rotary_cos": cos, "rotary_sin": sin, "cache_seqlens": before, "causal": True}
+            return partial(flash_attn_with_kvcache, q, k, v, key, value, **settings)
         if decoder.page_size is None:
             return partial(flash_attn_func, q, k, v, deterministic=decoder.deterministic)
         k, v = (x.view(-1, decoder.page_size, cache.heads_kv, sizes.cache_dim) for x in (k, v))
