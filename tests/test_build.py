@@ -68,9 +68,11 @@ class TestTorchPackage:
     def test_finds_torch_without_site_packages(self):
         """As in pip's isolated build: the interpreter is the environment's, its packages are hidden."""
         found = torch_package.find_torch({})
-        code = "import tools.build.torch_package as t; print(t.find_torch({}).folder)"
+        code = "import tools.build.torch_package as t; print(t.find_torch().folder)"
         command = [sys.executable, "-S", "-c", code]
         environment = {"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")}
+        if sys.prefix != sys.base_prefix:
+            environment["VIRTUAL_ENV"] = sys.prefix  # -S hides that, too
         hidden = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
         assert hidden.returncode == 0, hidden.stderr
         assert Path(hidden.stdout.strip()).resolve() == found.folder.resolve()
