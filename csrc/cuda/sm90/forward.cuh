@@ -294,7 +294,7 @@ struct Forward {
       full.arrive_expecting(kPanels * 64 * 128);
       for (int panel = 0; panel < kPanels; ++panel) {
         load_box<kKeepsRows>(q_address(group) + panel * kQPanel, launched.q, full, panel * 64,
-                 int(next.seq.first_q) + next.work.query_begin + group * 64, next.work.head, batch);
+                             int(next.seq.first_q) + next.work.query_begin + group * 64, next.work.head, batch);
       }
     }
   }
