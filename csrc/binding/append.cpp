@@ -52,8 +52,7 @@ void read_places(const Tensor& q, const Tensor& k_cache, const Tensor& cache_seq
 const void* read_rotary(const char* name, const Tensor& table, const Tensor& q, int64_t& stride) {
   require_beside(name, table, q);
   require(table.dim() == 2, name, "must have 2 dimensions, [positions, rotary_dim / 2]", table.dim(), "reshape it");
-  require(table.size(1) <= 1 || table.stride(1) == 1, name, "the last dimension's stride must be 1", table.stride(1),
-          "call .contiguous()");
+  require_unit_stride(name, table);
   stride = table.stride(0);
   return table.data_ptr();
 }

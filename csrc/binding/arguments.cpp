@@ -5,6 +5,7 @@
 #include "binding/refuse.h"
 
 namespace flash_attn {
+
 void require_beside(const char* name, const Tensor& tensor, const Tensor& like) {
   if (torch_device_type(tensor) != torch_device_type(like) || tensor.get_device_index() != like.get_device_index()) {
     refuse(name, "must be on " + device_name(like) + " like q", device_name(tensor), "move it with .to(q.device)");
@@ -23,6 +24,12 @@ void require_shape(const char* name, const Tensor& tensor, const Shape& shape) {
   if (shape_of(tensor) != shape) {
     refuse(name, "shape must be " + to_string(shape), to_string(shape_of(tensor)), "see the operator's documentation");
   }
+}
+
+void require_unit_stride(const char* name, const Tensor& tensor) {
+  const int64_t last = tensor.dim() - 1;
+  require(tensor.size(last) <= 1 || tensor.stride(last) == 1, name, "the last dimension's stride must be 1",
+          tensor.stride(last), "call .contiguous()");
 }
 
 namespace {
@@ -237,8 +244,7 @@ PageTable read_table(const Tensor& table, const Tensor& like, const Shape& pages
                std::to_string(keys) + " keys",
            to_string(shape), "add columns");
   }
-  require(shape[1] <= 1 || table.stride(1) == 1, "block_table", "the last dimension's stride must be 1",
-          table.stride(1), "call .contiguous()");
+  require_unit_stride("block_table", table);
   return {static_cast<const int32_t*>(table.data_ptr()), table.stride(0), static_cast<int>(shape[1])};
 }
 
@@ -265,10 +271,7 @@ TensorRef read_tensor(const char* name, const Tensor& tensor, const Tensor& like
   require_beside(name, tensor, like);
   require_dtype(name, tensor, torch_dtype_of(dtype));
   const int64_t rank = tensor.dim();
-  if (tensor.size(rank - 1) > 1 && tensor.stride(rank - 1) != 1) {
-    refuse(name, "the last dimension's stride must be 1", std::to_string(tensor.stride(rank - 1)),
-           "call .contiguous()");
-  }
+  require_unit_stride(name, tensor);
   return {tensor.data_ptr(), rank == 4 ? tensor.stride(0) : 0, tensor.stride(rank - 3), tensor.stride(rank - 2)};
 }
 
@@ -285,10 +288,7 @@ RowsRef read_rows(const char* name, const Tensor& tensor, const Tensor& like, co
   require_dtype(name, tensor, torch_accum_dtype_of(params.dtype));
   require_shape(name, tensor, rows_shape(params));
   const int64_t rank = tensor.dim();
-  if (tensor.size(rank - 1) > 1 && tensor.stride(rank - 1) != 1) {
-    refuse(name, "the last dimension's stride must be 1", std::to_string(tensor.stride(rank - 1)),
-           "call .contiguous()");
-  }
+  require_unit_stride(name, tensor);
   return {tensor.data_ptr(), rank == 3 ? tensor.stride(0) : 0, tensor.stride(rank - 2)};
 }
 

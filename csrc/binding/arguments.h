@@ -37,10 +37,11 @@ AttentionParams read_arguments(const Arguments& arguments);
 // What it says.
 void read_pages(const Arguments& arguments, ForwardParams& params);
 
-// Throw, as the above does, unless the tensor is on like's device, of that dtype, of that shape.
+// Throw, as the above does, unless the tensor is on like's device, of that dtype, of that shape, its last stride 1.
 void require_beside(const char* name, const Tensor& tensor, const Tensor& like);
 void require_dtype(const char* name, const Tensor& tensor, int32_t dtype);
 void require_shape(const char* name, const Tensor& tensor, const Shape& shape);
+void require_unit_stride(const char* name, const Tensor& tensor);
 
 // The kernels' dtype for q.
 DType read_dtype(const Tensor& q);

@@ -130,13 +130,16 @@ struct ForwardWork {
     return int64_t(ceil_div(p.seqlen_q, BLOCK_M)) * p.num_splits * p.heads_q * p.batch;
   }
 
-  FA_DEVICE ForwardWork(const ForwardParams& p, uint32_t block, int rows = BLOCK_M)
-      : ForwardWork(p, ceil_div(p.seqlen_q, rows),
-                    HeadItem(block, ceil_div(p.seqlen_q, rows) * p.num_splits, p.heads_q, p.batch, p.head_group),
-                    rows) {}
-  // Of a sequence of `query_blocks`. The longest blocks of a causal mask come first, so that the short ones fill the
-  // gaps at the end.
-  FA_DEVICE ForwardWork(const ForwardParams& p, uint32_t query_blocks, const HeadItem& item, int rows = BLOCK_M) {
+  // Where every sequence has `query_blocks`.
+  static FA_DEVICE HeadItem item_of(const ForwardParams& p, uint32_t block, uint32_t query_blocks) {
+    return HeadItem(block, query_blocks * p.num_splits, p.heads_q, p.batch, p.head_group);
+  }
+
+  FA_DEVICE ForwardWork(const ForwardParams& p, uint32_t block)
+      : ForwardWork(p, ceil_div(p.seqlen_q, BLOCK_M), item_of(p, block, ceil_div(p.seqlen_q, BLOCK_M)), BLOCK_M) {}
+  // Of a sequence of `query_blocks`, of `rows` each. The longest blocks of a causal mask come first, so that the short
+  // ones fill the gaps at the end.
+  FA_DEVICE ForwardWork(const ForwardParams& p, uint32_t query_blocks, const HeadItem& item, int rows) {
     const int query_block = p.num_splits == 1 ? item.item : int(item.item % query_blocks);
     query_begin = (p.window_right >= 0 ? int(query_blocks) - 1 - query_block : query_block) * rows;
     split = p.num_splits == 1 ? 0 : int(item.item / query_blocks);

@@ -219,7 +219,7 @@ struct Forward {
       int query_blocks = ceil_div(p.seqlen_q, rows);
       HeadItem item;
       if (kUsual || !launched.ragged) {
-        item = HeadItem(tile, query_blocks * p.num_splits, p.heads_q, p.batch, p.head_group);
+        item = Work::item_of(p, tile, query_blocks);
       } else if (!packed.find(tile, item, query_blocks)) {
         break;
       }

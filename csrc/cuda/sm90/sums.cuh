@@ -113,8 +113,8 @@ struct QuerySums {
 
     FA_DEVICE Kernel(const BackwardParams& p, char* shared) : p(p), shared(shared) {}
     FA_DEVICE void run() {
-      const int of_head = int(query_blocks(p, kM)), head = int(blockIdx.x) / of_head, place = int(blockIdx.x) % of_head;
-      const int batch = batch_of(place);
+      const HeadItem at(blockIdx.x, uint32_t(query_blocks(p, kM)), p.heads_q);
+      const int place = at.item, head = at.head, batch = batch_of(place);
       const Sequence seq(p, batch);
       const int query = (place - int(first_query_block(p, batch, seq.first_q, kM))) * kM;
       if (query >= seq.len_q) return;
