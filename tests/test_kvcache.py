@@ -175,7 +175,7 @@ def test_rotary(device, interleaved, causal):
 
 @pytest.mark.parametrize("of_tables", [None, torch.float32, torch.float64])
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize(("dim", "pairs"), [(64, 32), (64, 20), (40, 3), (33, 16), (3, 1)])
+@pytest.mark.parametrize(("dim", "pairs"), [(64, 32), (64, 20), (40, 3), (33, 16), (3, 1), (64, 0)])
 def test_rotary_of_every_size(device, dtype, dim, pairs, interleaved, of_tables):
     """Whole heads and parts of them, with and without 16-byte rows, tables of q's dtype and of others, into pages."""
     q, k, v = random_qkv(device, dtype, 3, 4, heads_kv=2, dim=dim)

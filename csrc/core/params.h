@@ -114,7 +114,7 @@ struct BackwardParams : AttentionParams {
 
 // New rows for a cache of keys and values, and queries to rotate.
 struct AppendParams {
-  TensorRef q, rotated_q;         // [batch, seqlen_q, heads_q, head_dim]
+  TensorRef q, rotated_q;         // [batch, seqlen_q, heads_q, head_dim]; rotated_q data null: not asked for
   TensorRef k, v;                 // [batch, seqlen_new, heads_kv, head_dim]
   TensorRef k_cache, v_cache;     // [pages, page_size, heads_kv, head_dim]
   int batch, heads_q, heads_kv, head_dim;
@@ -128,7 +128,7 @@ struct AppendParams {
   const void* rotary_cos;         // [rotary_positions, rotary_pairs]; the last stride is 1
   const void* rotary_sin;
   int64_t cos_stride, sin_stride;
-  int rotary_pairs;               // 0: nothing is rotated
+  int rotary_pairs;               // 0: rows are copied as they are
   int rotary_positions;
   bool tables_are_accum;          // else of the dtype
   bool interleaved;               // pairs are neighbours rather than two halves

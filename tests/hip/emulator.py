@@ -348,7 +348,7 @@ class Emulator:
         """q, rotated, and the lengths afterwards; queries advance."""
         rotated, after = torch.full_like(q, torch.nan), torch.full_like(seqlens, -1)
         p = AppendParams()
-        p.q, p.rotated_q, p.k, p.v, p.k_cache, p.v_cache = map(tensor_ref, (q, rotated, k, v, *caches))
+        p.q, p.k, p.v, p.k_cache, p.v_cache = map(tensor_ref, (q, k, v, *caches))
         p.batch, p.seqlen_q, p.heads_q, p.head_dim = q.shape
         p.seqlen_new, p.heads_kv = k.shape[1:3]
         p.pages, p.page_size = caches[0].shape[:2]
@@ -360,6 +360,7 @@ class Emulator:
             p.pages_of_sequence = block_table.shape[1]
             memory.append(block_table)
         if rotary is not None:
+            p.rotated_q = tensor_ref(rotated)
             p.rotary_cos, p.rotary_sin = (x.data_ptr() for x in rotary)
             p.cos_stride, p.sin_stride = (x.stride(0) for x in rotary)
             p.rotary_positions, p.rotary_pairs = rotary[0].shape

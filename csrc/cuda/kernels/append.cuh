@@ -27,7 +27,7 @@ struct Append {
 
   // Rows of heads: those of the queries to rotate, then the new keys', then the new values'.
   static FA_HOST_DEVICE int query_rows(const Params& p) {
-    return p.rotary_pairs > 0 ? p.batch * p.seqlen_q * p.heads_q : 0;
+    return p.rotated_q.data == nullptr ? 0 : p.batch * p.seqlen_q * p.heads_q;
   }
   static FA_HOST_DEVICE int key_rows(const Params& p) { return p.batch * p.seqlen_new * p.heads_kv; }
   static FA_HOST_DEVICE int rows(const Params& p) { return query_rows(p) + 2 * key_rows(p); }
