@@ -33,14 +33,16 @@ def fail_type(name: str, wanted: str, got: Any, fix: str) -> NoReturn:
     raise TypeError(f"{name}: must be {wanted}, got {type(got).__name__} ({fix})")
 
 
-def tensor(name: str, x: Any, shape: Sequence[str]) -> None:
-    """x is a strided tensor with as many dimensions as `shape` names."""
+def tensor(name: str, x: Any, dims: Sequence[str]) -> torch.Size:
+    """The shape of x, a strided tensor with as many dimensions as `dims` names."""
     if not isinstance(x, Tensor):
-        fail_type(name, "a torch.Tensor", x, f"pass a tensor of shape [{', '.join(shape)}]")
+        fail_type(name, "a torch.Tensor", x, f"pass a tensor of shape [{', '.join(dims)}]")
     if x.layout != torch.strided:
         fail(name, "layout must be strided", x.layout, "call .to_dense()")
-    if x.dim() != len(shape):
-        fail(name, f"must have {len(shape)} dimensions [{', '.join(shape)}]", f"shape {list(x.shape)}", "reshape it")
+    shape = x.shape
+    if len(shape) != len(dims):
+        fail(name, f"must have {len(dims)} dimensions [{', '.join(dims)}]", f"shape {list(shape)}", "reshape it")
+    return shape
 
 
 def _float_input(name: str, dtype: torch.dtype, device: torch.device) -> None:
@@ -62,45 +64,47 @@ def _head_dim(name: str, shape: torch.Size) -> None:
         fail(name, "needs at least one head and one element in a head", f"shape {list(shape)}", "check the view")
 
 
+_PADDED = ("batch", "seqlen", "heads", "head_dim")
+_PACKED = ("total", "heads", "head_dim")
+_PAGES = ("num_blocks", "page_size", "heads", "head_dim")
+
+
 def qkv(q: Any, k: Any, v: Any, names: Sequence[str] = ("q", "k", "v"), packed: bool = False) -> None:
     """q [batch, seqlen_q, heads_q, dim] and k, v [batch, seqlen_k, heads_kv, dim]; packed: [total, heads, dim]."""
-    rows = ("total",) if packed else ("batch", "seqlen")
-    for name, x in zip(names, (q, k, v), strict=True):
-        tensor(name, x, (*rows, "heads", "head_dim"))
-    if not packed and k.shape[0] != q.shape[0]:
-        fail(names[1], f"batch must be that of {names[0]}, {q.shape[0]}", k.shape[0], "expand it")
-    _all_alike(q, k, v, names)
+    dims = _PACKED if packed else _PADDED
+    shapes = tensor(names[0], q, dims), tensor(names[1], k, dims), tensor(names[2], v, dims)
+    if not packed and shapes[1][0] != shapes[0][0]:
+        fail(names[1], f"batch must be that of {names[0]}, {shapes[0][0]}", shapes[1][0], "expand it")
+    _all_alike((q, k, v), shapes, names)
 
 
 def paged(q: Any, k: Any, v: Any, names: Sequence[str] = ("q", "k", "v"), packed: bool = False) -> None:
     """q as in `qkv`, k and v pages [num_blocks, page_size, heads_kv, dim]."""
-    rows = ("total",) if packed else ("batch", "seqlen")
-    tensor(names[0], q, (*rows, "heads", "head_dim"))
-    for name, x in zip(names[1:], (k, v), strict=True):
-        tensor(name, x, ("num_blocks", "page_size", "heads", "head_dim"))
-    _all_alike(q, k, v, names)
-    if k.shape[0] < 1 or k.shape[1] < 1:
-        fail(names[1], "needs at least one page of at least one key", f"shape {list(k.shape)}", "allocate the pages")
+    dims = _PACKED if packed else _PADDED
+    shapes = tensor(names[0], q, dims), tensor(names[1], k, _PAGES), tensor(names[2], v, _PAGES)
+    _all_alike((q, k, v), shapes, names)
+    if shapes[1][0] < 1 or shapes[1][1] < 1:
+        fail(names[1], "needs at least one page of at least one key", f"shape {list(shapes[1])}", "allocate the pages")
 
 
-def _all_alike(q: Tensor, k: Tensor, v: Tensor, names: Sequence[str]) -> None:
+def _all_alike(qkv: Sequence[Tensor], shapes: Sequence[torch.Size], names: Sequence[str]) -> None:
     """What padded, packed and paged inputs share: dtypes, devices, head dimensions, heads."""
     # Every call pays for what it asks of a tensor, more so in a torch function mode: each thing once.
-    dtype, device, shape = q.dtype, q.device, q.shape
+    dtype, device = qkv[0].dtype, qkv[0].device
     _float_input(names[0], dtype, device)
-    _head_dim(names[0], shape)
-    head_dim, shapes = shape[-1], [k.shape, v.shape]
-    for name, x, its_shape in zip(names[1:], (k, v), shapes, strict=True):
-        its_dtype, its_device = x.dtype, x.device
+    _head_dim(names[0], shapes[0])
+    head_dim = shapes[0][-1]
+    for i in (1, 2):
+        its_dtype, its_device = qkv[i].dtype, qkv[i].device
         if its_dtype != dtype:
-            fail(name, f"dtype must be that of {names[0]}, {dtype}", its_dtype, "convert one of them")
+            fail(names[i], f"dtype must be that of {names[0]}, {dtype}", its_dtype, "convert one of them")
         if its_device != device:
-            fail(name, f"device must be that of {names[0]}, {device}", its_device, "move one of them")
-        if its_shape[-1] != head_dim:
-            fail(name, f"head_dim must be that of {names[0]}, {head_dim}", its_shape[-1], "pad the smaller one")
-    if shapes[1] != shapes[0]:
-        fail(names[2], f"shape must be that of {names[1]}, {list(shapes[0])}", list(shapes[1]), "check both views")
-    heads(names[1], shapes[0][-2], shape[-2])
+            fail(names[i], f"device must be that of {names[0]}, {device}", its_device, "move one of them")
+        if shapes[i][-1] != head_dim:
+            fail(names[i], f"head_dim must be that of {names[0]}, {head_dim}", shapes[i][-1], "pad the smaller one")
+    if shapes[2] != shapes[1]:
+        fail(names[2], f"shape must be that of {names[1]}, {list(shapes[1])}", list(shapes[2]), "check both views")
+    heads(names[1], shapes[1][-2], shapes[0][-2])
 
 
 def heads(name: str, heads_kv: int, heads_q: int) -> None:
@@ -234,9 +238,9 @@ def int32_vector(name: str, x: Any, device: torch.device, length: int | None = N
 
 def values_are_readable(x: Tensor) -> bool:
     """Whether looking at x's values is free (a real CPU tensor) or asked for."""
-    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter) or x.device.type == "meta":
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta:
         return False
-    return x.device.type == "cpu" or modes.is_debug()
+    return x.is_cpu or modes.is_debug()
 
 
 def cu_seqlens(name: str, x: Any, device: torch.device, total: int | None, longest: int) -> Tensor:

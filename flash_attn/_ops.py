@@ -53,7 +53,7 @@ def accum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def innermost_contiguous(x: Tensor) -> Tensor:
     """x itself where its last stride is 1, else a contiguous copy (a clone: contiguous() keeps odd unit strides)."""
-    return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
+    return x if x.stride()[-1] == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
 def empty_gradient(x: Tensor) -> Tensor:

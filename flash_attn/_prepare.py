@@ -38,7 +38,7 @@ def options(
         window_right=window_right,
         softcap=check.softcap(softcap),
         dropout_p=dropout_p,
-        split_size=modes.split_size_for(q.device, q.dtype, q.shape[-1]),
+        split_size=modes.split_size_for(q),
         performance_mode=modes.is_performance_mode(),
         return_s_dmask=bool(return_attn_probs) and dropout_p > 0.0,
         deterministic=modes.is_deterministic(bool(deterministic)),

@@ -87,6 +87,9 @@ def deterministic_mode(enabled: bool = True, split_size: int | None = None) -> I
 
 def _is_set(variable: str) -> bool:
     """Whether a variable is 1. Whoever writes `true` means something, and must not be passed over in silence."""
+    # Asked in every call, and os.environ takes a microsecond to say no: CPython's has a dict of bytes behind it.
+    if variable.encode() not in getattr(os.environ, "_data", {variable.encode()}):
+        return False
     value = os.environ.get(variable, "0")
     if value not in ("", "0", "1"):
         raise ValueError(f"{variable}: must be 0 or 1, got {value!r} (set it to 1 to switch the mode on)")
@@ -114,19 +117,19 @@ def key_block(device_type: str, dtype: str, head_dim: int) -> int:
     return torch.ops.flash_attn.key_block(device_type, dtype, head_dim)
 
 
-def split_size_for(device: torch.device, dtype: torch.dtype, head_dim: int) -> int:
-    """The split size in force, 0 when off.
+def split_size_for(q: torch.Tensor) -> int:
+    """The split size in force for queries like q, [..., head_dim]; 0 when off.
 
     Raises:
         ValueError: it is not a multiple of the kernel's key block, so schedule invariance could not be kept.
     """
-    if _split_size == 0 or device.type == "meta":  # no kernel runs on meta tensors
+    if _split_size == 0 or q.is_meta:  # no kernel runs on meta tensors
         return _split_size
-    dtype_name = str(dtype).removeprefix("torch.")
-    block = key_block(device.type, dtype_name, head_dim)
+    device_type, dtype, head_dim = q.device.type, str(q.dtype).removeprefix("torch."), q.shape[-1]
+    block = key_block(device_type, dtype, head_dim)
     if _split_size % block:
         raise ValueError(
-            f"split_size: must be a multiple of the key block, {block} for {dtype_name} with head_dim {head_dim} on "
-            f"{device.type}, got {_split_size} (call set_deterministic_mode with such a multiple)"
+            f"split_size: must be a multiple of the key block, {block} for {dtype} with head_dim {head_dim} on "
+            f"{device_type}, got {_split_size} (call set_deterministic_mode with such a multiple)"
         )
     return _split_size

@@ -193,6 +193,26 @@ def test_decoding_equals_prefill(device, dtype):
             assert torch.equal(flash_attn_with_kvcache(row, *paged, **settings, block_table=table), expected)
 
 
+@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("chunks", [2, 3, 9, 17])
+@pytest.mark.parametrize("rows, batch, heads_q, heads_kv", [(1, 1, 8, 1), (1, 3, 8, 2), (5, 2, 2, 2), (16, 1, 2, 1)])
+def test_few_rows_equal_many(device, dtype, rows, batch, heads_q, heads_kv, chunks, dim):
+    """Thread blocks may share out the keys of few rows, and fold in clusters or by a kernel of its own; with more rows
+    each folds as it goes. One sequence is empty, one ends within a chunk."""
+    split = split_for(device, dtype, dim)
+    q, k, v = random_qkv(device, dtype, batch, 40, chunks * split - 3, heads_q, heads_kv, dim)
+    used = torch.tensor([k.shape[1], 0, split + 1], dtype=torch.int32, device=device)[:batch]
+    with deterministic_mode(True, split):
+        for settings in ({}, {"cache_seqlens": used}):
+            settings = settings | {"return_softmax_lse": True}
+            out, lse = flash_attn_with_kvcache(q, k, v, **settings)
+            few, few_lse = flash_attn_with_kvcache(q[:, :rows], k, v, **settings)
+            assert torch.equal(few, out[:, :rows]) and torch.equal(few_lse, lse[..., :rows])
+    assert torch.allclose(
+        few.float(), flash_attn_with_kvcache(q[:, :rows], k, v, cache_seqlens=used).float(), atol=0.02
+    )
+
+
 def test_split_size_is_part_of_the_definition(device):
     """Not a hint: sums are associated differently, so some bits differ between split sizes, within rounding."""
     split = split_for(device, torch.float32)

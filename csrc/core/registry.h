@@ -10,6 +10,7 @@
 namespace flash_attn {
 
 enum class KernelKind : int8_t { kForward, kCombine, kPreprocess, kBackward, kFinishDq, kAppend };
+constexpr int kKernelKinds = int(KernelKind::kAppend) + 1;
 
 // What an instance is compiled for. A kind that does not depend on a field has its default there.
 struct KernelKey {
@@ -20,10 +21,11 @@ struct KernelKey {
   bool performance = false;  // the performance mode's arithmetic
   Modifiers scored = Modifiers::kNone;  // modified by these alone, in loops of the machine's own
 
-  bool operator==(const KernelKey& other) const {
-    return kind == other.kind && dtype == other.dtype && head_dim == other.head_dim && modified == other.modified &&
+  bool differs_in_size_alone(const KernelKey& other) const {
+    return kind == other.kind && dtype == other.dtype && modified == other.modified &&
            performance == other.performance && scored == other.scored;
   }
+  bool operator==(const KernelKey& other) const { return head_dim == other.head_dim && differs_in_size_alone(other); }
 };
 
 // A kernel on the host: one thread block's work, run by one thread in `scratch` (aligned to 128).
@@ -46,6 +48,8 @@ struct KernelInfo {
   bool persistent;      // its thread blocks take one block of work after another
   bool takes_any_rows;  // of any alignment, by an arithmetic of its own; others leave such to modified kernels
   bool reads_pages;     // keys and values by a block table, where rows allow 16-byte access
+  // Up to how many shares of their keys it folds itself for rows like these, without Combine; null where it never does.
+  int (*most_shares)(const void* params);
 };
 
 // The instances of one machine code: "sm80", "gfx90a", "x86-64-v3", ...
@@ -67,10 +71,9 @@ struct KernelTable {
   const KernelInfo* find_padded(const KernelKey& key) const {
     const KernelInfo* best = nullptr;
     for (int i = 0; i < count; ++i) {
-      KernelKey candidate = kernels[i]->key;
-      const int size = candidate.head_dim;
-      candidate.head_dim = key.head_dim;
-      if (candidate == key && size >= key.head_dim && (best == nullptr || size < best->key.head_dim)) best = kernels[i];
+      const KernelKey& candidate = kernels[i]->key;
+      const bool fits = candidate.differs_in_size_alone(key) && candidate.head_dim >= key.head_dim;
+      if (fits && (best == nullptr || candidate.head_dim < best->key.head_dim)) best = kernels[i];
     }
     return best;
   }

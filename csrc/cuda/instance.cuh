@@ -54,6 +54,16 @@ constexpr bool kReadsPages = false;
 template <class K>
 constexpr bool kReadsPages<K, std::void_t<decltype(K::kReadsPages)>> = K::kReadsPages;
 
+// And may fold up to K::most_shares(params) of a row's shares itself.
+template <class K, class = void>
+struct ShareFolder {
+  static constexpr int (*kMost)(const void*) = nullptr;
+};
+template <class K>
+struct ShareFolder<K, std::void_t<decltype(K::most_shares)>> {
+  static constexpr auto kMost = &K::most_shares;
+};
+
 template <class K>
 KernelInfo kernel_info(const KernelKey& key) {
   KernelInfo info{};
@@ -67,6 +77,7 @@ KernelInfo kernel_info(const KernelKey& key) {
   info.persistent = kPersistent<K>;
   info.takes_any_rows = kTakesAnyRows<K>;
   info.reads_pages = kReadsPages<K>;
+  info.most_shares = ShareFolder<K>::kMost;
   info.blocks = blocks_of<K>;
   info.device = Launcher<K>::device();
   info.launch = Launcher<K>::kLaunch;

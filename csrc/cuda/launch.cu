@@ -94,10 +94,23 @@ bool in_performance_mode(const AttentionParams& p, const Queue& queue) {
   return p.performance_mode && is_16_bit(p.dtype) && table(queue.device_index).has_performance_mode;
 }
 
+// KernelTable::find_padded, which looks at every instance; a thread's calls mostly repeat its last ones.
+const KernelInfo* find_again(const KernelTable& in, const KernelKey& key) {
+  struct Found {
+    const KernelTable* in;
+    KernelKey key;
+    const KernelInfo* info;
+  };
+  thread_local Found last[kKernelKinds][2];
+  Found& found = last[int(key.kind)][key.modified];
+  if (found.in != &in || !(found.key == key)) found = {&in, key, in.find_padded(key)};
+  return found.info;
+}
+
 const KernelInfo& find(const Queue& queue, KernelKind kind, DType dtype, int head_dim = 0, bool modified = false,
                        bool performance = false) {
   const KernelTable& built = table(queue.device_index);
-  const KernelInfo* info = built.find_padded({kind, dtype, head_dim, modified, performance});
+  const KernelInfo* info = find_again(built, {kind, dtype, head_dim, modified, performance});
   if (info == nullptr && performance && built.find_padded({kind, dtype, head_dim, modified}) != nullptr) {
     throw std::invalid_argument(kNoPerformanceMode);
   }
@@ -263,6 +276,15 @@ size_t stash_device_bytes(const ForwardParams& p, const KernelInfo& kernel, cons
   return size_t(std::min(kernel.blocks(&p), at_once)) * kernel.stash_device_bytes;
 }
 
+int most_folded_shares(const ForwardParams& p, const KernelInfo& kernel) {
+  return kernel.most_shares == nullptr ? 0 : kernel.most_shares(&p);
+}
+
+// Whether a kernel folds a row's shares itself: then it needs no memory for them, and no Combine.
+bool folds_shares(const ForwardParams& p, const KernelInfo& kernel) {
+  return p.num_splits > 1 && p.num_splits <= most_folded_shares(p, kernel);
+}
+
 // Into how many shares of its keys, of four key blocks at least, the heuristic splits each of `blocks` blocks.
 int choose_shares(const ForwardParams& p, const KernelInfo& kernel, int64_t blocks, const Queue& queue) {
   const int64_t multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, queue);
@@ -271,9 +293,14 @@ int choose_shares(const ForwardParams& p, const KernelInfo& kernel, int64_t bloc
   const auto most = [&](int64_t of) {
     return int(std::min<int64_t>(of / std::max<int64_t>(blocks, 1), key_blocks / 4));
   };
-  // Few queries wait for memory, and half of the multiprocessors take all of that.
+  // Few queries wait for memory, and half of the multiprocessors take most of that.
   const bool has_few_queries = 2 * p.seqlen_q <= kernel.block_m;
-  if (!kernel.persistent || has_few_queries) return std::max(1, most(at_once));
+  if (!kernel.persistent || has_few_queries) {
+    // Shares that need no Combine may be fewer, the more so the sooner they are done, and shorter.
+    const int wanted = std::max(1, most(at_once)), folded = most_folded_shares(p, kernel);
+    const bool enough = 4 * folded >= 3 * wanted || (2 * folded >= wanted && key_blocks <= 16 * folded);
+    return enough && folded > 1 && key_blocks >= 8 ? std::min(folded, key_blocks / 2) : wanted;
+  }
   if (blocks > at_once) return 1;
   int best = 1, least = 0x7fffffff;
   for (int shares = 1; shares <= most(2 * at_once); ++shares) {
@@ -319,6 +346,7 @@ Workspace plan_forward(ForwardParams& p, const Queue& queue) {
       p.num_splits = ceil_div(p.seqlen_k, p.split_size);
     }
   }
+  if (folds_shares(p, kernel)) return {0};
   if (p.num_splits == 1) return {tiles_taken_bytes(p, kernel, queue) + stash_device_bytes(p, kernel, queue)};
   return {align(size_t(partial_rows(p)) * p.head_dim * sizeof(float)) +
           2 * align(size_t(partial_rows(p)) * sizeof(float))};
@@ -335,7 +363,7 @@ void forward(ForwardParams p, void* workspace, const Queue& queue) {
     at += align(size_t(partial_rows(p)) * sizeof(float));
     p.partial_sum = at;
     launch(kernel, p, queue);
-    launch(find(queue, KernelKind::kCombine, p.dtype), p, queue);
+    if (!folds_shares(p, kernel)) launch(find(queue, KernelKind::kCombine, p.dtype), p, queue);
     return;
   }
   const size_t taken_bytes = tiles_taken_bytes(p, kernel, queue);

@@ -65,4 +65,14 @@ FA_DEVICE void write_partial(const ForwardParams& p, const ForwardWork<BLOCK_M>&
   });
 }
 
+// An element of the output, once its chunks are folded, times `factor`; with column 0 the row's log-sum-exp.
+template <class T, class Scalar>
+FA_DEVICE void write_folded(const ForwardParams& p, const Sequence& seq, int batch, int head, int row, int col,
+                            Scalar factor, const ChunkFold<Scalar>& fold) {
+  const RowResult<Scalar> result(fold.max, fold.sum, sink_of<Scalar>(p, head, row));
+  head_rows<T>(p.out, batch, head, seq.first_q)[row * p.out.row_stride + col] =
+      narrow<T>(fold.out * (result.scale * factor));
+  if (col == 0) head_rows<Scalar>(p.lse, batch, head, seq.first_q)[row] = result.lse;
+}
+
 }  // namespace flash_attn

@@ -96,6 +96,22 @@ FA_DEVICE void fold_weights(Scalar& max, Scalar& sum, Scalar chunk_max, Scalar c
   max = folded;
 }
 
+// An element of the output along a row's chunks, in ascending order.
+template <class Scalar>
+struct ChunkFold {
+  Scalar max = -infinity<Scalar>(), sum = 0, out = 0;
+
+  // The next chunk's, not normalised. Without `any` nothing changes; nor is there a branch, behind which the compiler
+  // would put loads.
+  FA_DEVICE void add(Scalar chunk_max, Scalar chunk_sum, Scalar chunk_out, bool any = true) {
+    Scalar folded_max = max, folded_sum = sum, keep, weight;
+    fold_weights(folded_max, folded_sum, chunk_max, chunk_sum, keep, weight);
+    max = any ? folded_max : max;
+    sum = any ? folded_sum : sum;
+    out = any ? fma_rn(chunk_out, weight, out * keep) : out;
+  }
+};
+
 // What turns an unnormalised row into the output and its log-sum-exp (natural units), the sink included: -inf for none.
 // Without branches, so that a lane's rows are worked out side by side.
 template <class Scalar>

@@ -82,29 +82,93 @@ struct Append {
   template <int COLS>
   static FA_DEVICE void move(const Params& p, const Row& row, int col) {
     Piece<COLS> piece = *reinterpret_cast<const Piece<COLS>*>(row.from + col);
-    if (row.turns) {
-      FA_UNROLL
-      for (int i = 0; i < COLS; ++i) piece.element[i] = turned(p, row, col + i, piece.element[i]);
-    }
+    if (row.turns && col < 2 * p.rotary_pairs) turn(p, row, col, piece);
     *reinterpret_cast<Piece<COLS>*>(row.to + col) = piece;
   }
 
-  // x is the row's element `col`. A pair's elements are neighbours, or lie half the rotary dimension apart.
-  static FA_DEVICE T turned(const Params& p, const Row& row, int col, T x) {
-    if (col >= 2 * p.rotary_pairs) return x;
-    const bool is_first = p.interleaved ? col % 2 == 0 : col < p.rotary_pairs;
-    const int pair = p.interleaved ? col / 2 : is_first ? col : col - p.rotary_pairs;
-    const int other = p.interleaved ? col ^ 1 : is_first ? col + p.rotary_pairs : pair;
-    // Queries may be more than the new keys, and then run past the tables.
-    const int position = max_int(0, min_int(row.position, p.rotary_positions - 1));
-    const Scalar cos = of_table(p, p.rotary_cos, p.cos_stride, position, pair);
-    const Scalar sin = of_table(p, p.rotary_sin, p.sin_stride, position, pair);
-    const Scalar mine = widen(x) * cos, others = widen(row.from[other]) * sin;
+  // A row's elements from `col` on. A pair's elements are neighbours, or lie half the rotary dimension apart.
+  template <int COLS>
+  static FA_DEVICE void turn(const Params& p, const Row& row, int col, Piece<COLS>& piece) {
+    const int pairs = p.rotary_pairs;
+    if constexpr (COLS > 1) {
+      const bool is_whole = (p.interleaved ? 2 * pairs : pairs) % COLS == 0;
+      if (is_whole && table_is_aligned(p, p.rotary_cos, p.cos_stride) &&
+          table_is_aligned(p, p.rotary_sin, p.sin_stride)) {
+        return p.interleaved ? turn_neighbours(p, row, col, piece) : turn_halves(p, row, col, piece);
+      }
+    }
+    FA_UNROLL
+    for (int i = 0; i < COLS; ++i) {
+      const int at = col + i;
+      if (at >= 2 * pairs) break;
+      const bool is_first = p.interleaved ? at % 2 == 0 : at < pairs;
+      const int pair = p.interleaved ? at / 2 : is_first ? at : at - pairs;
+      const int other = p.interleaved ? at ^ 1 : is_first ? at + pairs : pair;
+      const Angles<1> angles(p, row, pair);
+      piece.element[i] = turned(is_first, piece.element[i], row.from[other], angles.cos[0], angles.sin[0]);
+    }
+  }
+  // With as few accesses as can be: tables of rows that allow 16-byte access, pieces that turn as a whole.
+  template <int COLS>
+  static FA_DEVICE void turn_neighbours(const Params& p, const Row& row, int col, Piece<COLS>& piece) {
+    const Angles<COLS / 2> angles(p, row, col / 2);
+    FA_UNROLL
+    for (int i = 0; i < COLS / 2; ++i) {
+      const T first = piece.element[2 * i], second = piece.element[2 * i + 1];
+      piece.element[2 * i] = turned(true, first, second, angles.cos[i], angles.sin[i]);
+      piece.element[2 * i + 1] = turned(false, second, first, angles.cos[i], angles.sin[i]);
+    }
+  }
+  template <int COLS>
+  static FA_DEVICE void turn_halves(const Params& p, const Row& row, int col, Piece<COLS>& piece) {
+    const bool is_first = col < p.rotary_pairs;
+    const int pair = is_first ? col : col - p.rotary_pairs, other = is_first ? col + p.rotary_pairs : pair;
+    const Piece<COLS> others = *reinterpret_cast<const Piece<COLS>*>(row.from + other);
+    const Angles<COLS> angles(p, row, pair);
+    const auto turn_all = [&](bool first) {  // a loop each, rather than a choice for every element
+      FA_UNROLL
+      for (int i = 0; i < COLS; ++i) {
+        piece.element[i] = turned(first, piece.element[i], others.element[i], angles.cos[i], angles.sin[i]);
+      }
+    };
+    return is_first ? turn_all(true) : turn_all(false);
+  }
+  static FA_DEVICE T turned(bool is_first, T x, T other, Scalar cos, Scalar sin) {
+    const Scalar mine = widen(x) * cos, others = widen(other) * sin;
     return narrow<T>(is_first ? mine - others : mine + others);
   }
-  static FA_DEVICE Scalar of_table(const Params& p, const void* table, int64_t stride, int position, int pair) {
-    const int64_t at = position * stride + pair;
-    return p.tables_are_accum ? static_cast<const Scalar*>(table)[at] : widen(static_cast<const T*>(table)[at]);
+
+  // Of a row's pairs from `pair` on.
+  template <int COUNT>
+  struct Angles {
+    Scalar cos[COUNT], sin[COUNT];
+
+    FA_DEVICE Angles(const Params& p, const Row& row, int pair) {
+      // Queries may be more than the new keys, and then run past the tables.
+      const int64_t position = max_int(0, min_int(row.position, p.rotary_positions - 1));
+      const int64_t cos_at = position * p.cos_stride + pair, sin_at = position * p.sin_stride + pair;
+      if (p.tables_are_accum) {
+        read(static_cast<const Scalar*>(p.rotary_cos) + cos_at, cos);
+        read(static_cast<const Scalar*>(p.rotary_sin) + sin_at, sin);
+      } else {
+        read(static_cast<const T*>(p.rotary_cos) + cos_at, cos);
+        read(static_cast<const T*>(p.rotary_sin) + sin_at, sin);
+      }
+    }
+    template <class Number>
+    static FA_DEVICE void read(const Number* from, Scalar (&to)[COUNT]) {
+      constexpr int kBytes = COUNT * int(sizeof(Number));
+      struct alignas(kBytes < 16 ? kBytes : 16) Numbers {
+        Number number[COUNT];
+      };
+      const Numbers numbers = *reinterpret_cast<const Numbers*>(from);
+      FA_UNROLL
+      for (int i = 0; i < COUNT; ++i) to[i] = widen(numbers.number[i]);
+    }
+  };
+  static FA_DEVICE bool table_is_aligned(const Params& p, const void* table, int64_t stride) {
+    const uint64_t bytes = p.tables_are_accum ? sizeof(Scalar) : sizeof(T);
+    return (reinterpret_cast<uintptr_t>(table) | uint64_t(stride) * bytes) % 16 == 0;
   }
 };
 

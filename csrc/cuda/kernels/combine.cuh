@@ -40,7 +40,7 @@ struct Combine {
     const auto* const maxima = static_cast<const Scalar*>(p.partial_max);
     const auto* const sums = static_cast<const Scalar*>(p.partial_sum);
     const auto* const outs = static_cast<const Scalar*>(p.partial_out);
-    Scalar max = -infinity<Scalar>(), sum = 0, out = 0;
+    ChunkFold<Scalar> fold;
     for (int split = 0; split < p.num_splits; split += kAtOnce) {
       Scalar chunk_max[kAtOnce], chunk_sum[kAtOnce], chunk_out[kAtOnce];
       FA_UNROLL
@@ -51,19 +51,11 @@ struct Combine {
         chunk_out[i] = outs[at * p.head_dim + col];
       }
       FA_UNROLL
-      for (int i = 0; i < kAtOnce; ++i) {  // without branches, behind which the compiler would put the loads
-        const bool any = split + i < p.num_splits;
-        Scalar folded_max = max, folded_sum = sum, keep, add;
-        fold_weights(folded_max, folded_sum, chunk_max[i], chunk_sum[i], keep, add);
-        max = any ? folded_max : max;
-        sum = any ? folded_sum : sum;
-        out = any ? fma_rn(chunk_out[i], add, out * keep) : out;
+      for (int i = 0; i < kAtOnce; ++i) {
+        fold.add(chunk_max[i], chunk_sum[i], chunk_out[i], split + i < p.num_splits);
       }
     }
-    const RowResult<Scalar> result(max, sum, sink_of<Scalar>(p, head, row));
-    head_rows<T>(p.out, batch, head, seq.first_q)[row * p.out.row_stride + col] =
-        narrow<T>(out * (result.scale * kept_scale<Scalar>(p)));
-    if (col == 0) head_rows<Scalar>(p.lse, batch, head, seq.first_q)[row] = result.lse;
+    write_folded<T>(p, seq, batch, head, row, col, kept_scale<Scalar>(p), fold);
   }
 };
 

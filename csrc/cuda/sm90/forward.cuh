@@ -16,6 +16,7 @@
 #include "place.cuh"
 #include "rows.cuh"
 #include "share.cuh"
+#include "shares.cuh"
 #include "tma.cuh"
 #include "tuning.cuh"
 #include "wgmma.cuh"
@@ -23,9 +24,9 @@
 namespace flash_attn {
 namespace sm90 {
 
-// Packed sequences of very different lengths, and keys and values in pages, have kernels of their own, beside that of
-// the instance: what the loading warp does for them would slow others down.
-enum class Layout { kUsual, kRagged, kPages };
+// Packed sequences of very different lengths, keys and values in pages, and few rows whose keys are shared out have
+// kernels of their own, beside that of the instance: what is done for them would slow others down.
+enum class Layout { kUsual, kRagged, kPages, kShares };
 
 template <class T_, int D, Modifiers MODIFIERS, Layout LAYOUT = Layout::kUsual>
 struct Forward {
@@ -42,6 +43,7 @@ struct Forward {
   static constexpr bool kReadsPages = true;
   static constexpr bool kScored = MODIFIERS == Modifiers::kAny, kSoftcap = MODIFIERS == Modifiers::kSoftcap;
   static constexpr bool kUsual = LAYOUT == Layout::kUsual, kPages = LAYOUT == Layout::kPages;
+  static constexpr bool kShares = LAYOUT == Layout::kShares;  // a cluster has a tile, its thread blocks a share each
   static constexpr bool kPairs = Tuning::kPairs && MODIFIERS == Modifiers::kNone && kUsual;  // a scored one spills
   // Asks ScoreLimits, and awaits the values half-way through the softmax. Scored ones have no registers for it.
   static constexpr bool kHurries = !kScored, kRescalesAtOnce = kHurries && Tuning::kRescalesAtOnce;
@@ -76,6 +78,8 @@ struct Forward {
   static constexpr int kOutBytes = kStoresBoxes ? kPanels * kBoxBytes : kTurned, kStash = 16 * D * 4;  // of a warp
   static_assert(kTurned <= kOutBytes);
   static constexpr int kSharedBytes = kRoomAt + kWarps * kOutBytes;
+  using Exchange = ShareExchange<D>;
+  static_assert(Exchange::kBytes <= kWarps * kOutBytes);
   static constexpr bool kStashIsShared = D <= 128;
   static constexpr int kStashBytes = kStashIsShared ? kWarps * (kStash - kOutBytes) + 2 * kM * 4 : 0;
   static constexpr int kStashDeviceBytes = kStashIsShared ? 0 : kWarps * kStash + 2 * kM * 4;
@@ -92,6 +96,15 @@ struct Forward {
 
   // Where a head has one tile its keys stream by, and memory is what is waited for.
   static bool streams_keys(const ForwardParams& p) { return p.seqlen_q <= kM; }
+
+  // Up to how many shares of few rows' keys clusters fold, all of which are to run at once.
+  static int most_shares(const void* params) {
+    const Params& p = *static_cast<const Params*>(params);
+    if constexpr (MODIFIERS != Modifiers::kNone) return 0;
+    if (p.seqlen_q > Exchange::kRows) return 0;
+    using InShares = Forward<T, D, Modifiers::kNone, Layout::kShares>;
+    return clusters_at_once<InShares, Exchange::kMostShares>(kSharedBytes).largest(int64_t(p.batch) * p.heads_q);
+  }
 
   // Q and the output are asked for once, a pair's K and V by all pairs of a head: that keeps them in the L2 cache. Not
   // where a line of its is of two heads.
@@ -120,13 +133,18 @@ struct Forward {
     if constexpr (kUsual) {
       using Ragged = Forward<T, D, MODIFIERS, Layout::kRagged>;
       using Pages = Forward<T, D, MODIFIERS, Layout::kPages>;
+      if constexpr (MODIFIERS == Modifiers::kNone) {
+        using InShares = Forward<T, D, MODIFIERS, Layout::kShares>;
+        const bool folds = p.num_splits > 1 && p.num_splits <= most_shares(params);
+        if (folds) return InShares::launch(params, blocks, shared_bytes, stream);
+      }
       if (p.block_table != nullptr) return Pages::launch(params, blocks, shared_bytes, stream);
       if (is_ragged(p)) return Ragged::launch(params, blocks, shared_bytes, stream);
     }
     const Launched launched(p);
-    const int cluster = launched.pairs ? 2 : 1;
-    launch_blocks<Forward>(launched, std::min<int64_t>(blocks, multiprocessors() / cluster * cluster), cluster,
-                           shared_bytes, stream);
+    const int cluster = kShares ? p.num_splits : launched.pairs ? 2 : 1;
+    const int64_t at_once = kShares ? blocks : multiprocessors() / cluster * cluster;
+    launch_blocks<Forward>(launched, std::min(blocks, at_once), cluster, shared_bytes, stream);
   }
   static const void* device() { return reinterpret_cast<const void*>(&run_blocks<Forward>); }
 
@@ -136,7 +154,7 @@ struct Forward {
   Barriers& barriers;
   const int group;  // this thread's, of those that compute
   const bool pairs;
-  const uint32_t rank;      // in the pair
+  const uint32_t rank;      // in the cluster
   const uint32_t informed;  // the barriers at which a warp's lane 0 says what it has read, and in a pair lane 1
 
   FA_DEVICE Forward(const Launched& launched, char* shared)
@@ -146,7 +164,7 @@ struct Forward {
         barriers(*reinterpret_cast<Barriers*>(shared + kTileBytes)),
         group(warpgroup()),
         pairs(kPairs && launched.pairs),
-        rank(pairs ? cluster_rank() : 0),
+        rank(pairs || kShares ? cluster_rank() : 0),
         informed(cluster_address(shared_address(&barriers), threadIdx.x % 32 == 1 && pairs ? rank ^ 1 : rank)) {}
 
   FA_DEVICE uint32_t q_address(int group) const { return shared_address(shared) + group * 64 * 128; }
@@ -169,14 +187,18 @@ struct Forward {
     }
     __syncthreads();
     if (pairs) sync_cluster();
+    if (kShares) arrive_at_cluster();
     if (threadIdx.x >= kGroups * 128) {
       keep_registers<Tuning::kProducerRegisters>();
       if (threadIdx.x < kGroups * 128 + 32) produce();
+      if (kShares) wait_for_cluster();
     } else {
       take_registers<Tuning::kConsumerRegisters>();
+      if (kShares) wait_for_cluster();  // nobody writes to a thread block that has not begun
       consume();
     }
-    if (pairs) sync_cluster();  // nobody writes to a thread block that has ended
+    if (pairs || kShares) sync_cluster();  // nor to one that has ended; and all shares have come
+    if (kShares && threadIdx.x < kGroups * 128) fold_shares();
   }
 
   using Tile = ForwardTile<kM, kN>;
@@ -213,18 +235,22 @@ struct Forward {
     Place place;
     Turn turn;
     PackedBlocks<kM> packed(p, p.cu_seqlens_q, p.total_q, p.seqlen_q, p.heads_q, p.num_splits);
-    const uint32_t at_once = pairs ? 2 : 1, tiles = uint32_t(Work::blocks(p)) / at_once;
-    const int rows = int(at_once) * kM;
+    const uint32_t at_once = kShares ? uint32_t(p.num_splits) : pairs ? 2 : 1;
+    const uint32_t tiles = uint32_t(Work::blocks(p)) / at_once;
+    const int rows = pairs ? 2 * kM : kM;
     for (uint32_t tile = blockIdx.x / at_once; tile < tiles;) {
       int query_blocks = ceil_div(p.seqlen_q, rows);
       HeadItem item;
-      if (kUsual || !launched.ragged) {
+      if (kShares) {
+        item = HeadItem(tile, 1, p.heads_q);
+        item.item = int(rank);
+      } else if (kUsual || !launched.ragged) {
         item = Work::item_of(p, tile, query_blocks);
       } else if (!packed.find(tile, item, query_blocks)) {
         break;
       }
       Work work(p, query_blocks, item, rows);
-      work.query_begin += int(rank) * kM;
+      if (!kShares) work.query_begin += int(rank) * kM;
       const Tile next(p, work);
       if (next.has_rows() || next.clears(p)) {
         if (lane < kGroups) message(turn, lane) = {next, Share(p, next, lane)};
@@ -240,6 +266,7 @@ struct Forward {
 
   // This thread block's next tile.
   FA_DEVICE uint32_t following(uint32_t tile) const {
+    if (kShares) return 0xffffffffu;
     if (pairs) return tile + gridDim.x / 2;
     return gridDim.x + (p.tiles_taken == nullptr ? tile : take_block(p.tiles_taken));
   }
@@ -261,15 +288,16 @@ struct Forward {
     const int batch = p.cu_seqlens_q ? 0 : next.work.batch, kv_head = next.work.head / (p.heads_q / p.heads_kv);
     uint32_t following = 0;
     // In pages, a lane for each box of rows.
-    const int rows = kPages ? rows_of_page_box(p, kN) : kN, first = kPages ? int(threadIdx.x) % 32 * rows : 0;
+    const bool paged = kPages || (kShares && p.block_table != nullptr);
+    const int rows = paged ? rows_of_page_box(p, kN) : kN, first = paged ? int(threadIdx.x) % 32 * rows : 0;
     const auto find_box = [&](int key) { return PageBox(p, next.work.batch, key + first); };
     PageBox box;
-    if (kPages) box = find_box(next.keys.begin);
+    if (paged) box = find_box(next.keys.begin);
     for (int key = next.keys.begin; key < next.keys.end; key += kN) {
       const int stage = place.at, row = int(next.seq.first_k) + key;
       const auto load_keys = [&](const CUtensorMap& map, uint32_t dst, Barrier& full, Barrier& free) {
         free.wait(place.phase ^ 1);
-        if (kPages) {
+        if (paged) {
           load_pages(map, dst, full, first, box, kv_head);
         } else {
           load_rows(map, dst, full, row, kv_head, batch);
@@ -279,7 +307,7 @@ struct Forward {
       load_keys(launched.k, k_address(stage), barriers.k_full[stage], barriers.k_free[stage]);
       if (key == next.keys.begin) load_queries(next, turn, batch);
       load_keys(launched.v, v_address(stage), barriers.v_full[stage], barriers.v_free[stage]);
-      if (kPages) box = find_box(key + kN);
+      if (paged) box = find_box(key + kN);
       place.step(kStages);
     }
     return following;
@@ -457,6 +485,10 @@ struct Forward {
       if (folds) fold_stash_into(state.output, state.softmax);
       finish();
     }
+    if constexpr (kShares) {
+      if (threadIdx.x < 32) exchange().send(rows, state.softmax, state.output);
+      return;
+    }
     if (p.num_splits > 1) return write_partial(p, work, rows, state.softmax, state.output);
     state.softmax.apply(scale, state.output);
     const int row = int(threadIdx.x) / 32 * 16;
@@ -479,6 +511,13 @@ struct Forward {
       write_rows<T, D - kOutCols>(state.output.value + kOutCols / 2, room, out + kOutCols, p.out.row_stride,
                                   rows - row, p.head_dim - kOutCols);
     }
+  }
+
+  FA_DEVICE Exchange exchange() const { return {shared + kRoomAt, p.num_splits, int(rank)}; }
+  FA_DEVICE void fold_shares() const {
+    const Tile tile = message(Turn{}, 0).tile;
+    if (tile.is_last()) return;
+    exchange().template fold<T>(p, tile.seq, tile.work.batch, tile.work.head, int(threadIdx.x), Lanes::kThreads);
   }
 
   // The last tile's output lies in the warp's room until then.

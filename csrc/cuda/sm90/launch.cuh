@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 
@@ -74,26 +75,80 @@ __global__ void __launch_bounds__(K::kThreads, 1) run_blocks(const __grid_consta
   K(p, shared).run();
 }
 
-// In clusters of `cluster` thread blocks.
+// A launch of K in clusters of `cluster` thread blocks.
+template <class K>
+class BlockLaunch {
+ public:
+  BlockLaunch(int64_t blocks, int cluster, int shared_bytes, void* stream = nullptr) {
+    if (shared_bytes > 48 * 1024) {
+      check(cudaFuncSetAttribute(kernel(), cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+            "reserving shared memory");
+    }
+    if (cluster > kPortableCluster) {
+      check(cudaFuncSetAttribute(kernel(), cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "allowing clusters");
+    }
+    attribute_.id = cudaLaunchAttributeClusterDimension;
+    attribute_.val.clusterDim = {unsigned(cluster), 1, 1};
+    config_.gridDim = dim3(unsigned(blocks));
+    config_.blockDim = dim3(K::kThreads);
+    config_.dynamicSmemBytes = size_t(shared_bytes);
+    config_.stream = static_cast<cudaStream_t>(stream);
+    config_.attrs = &attribute_;
+    config_.numAttrs = cluster > 1 ? 1 : 0;
+  }
+  BlockLaunch(const BlockLaunch&) = delete;
+
+  void run(const typename K::Launched& launched) const {
+    void* arguments[] = {const_cast<typename K::Launched*>(&launched)};
+    check(cudaLaunchKernelExC(&config_, kernel(), arguments), "launching a kernel");
+  }
+  int clusters_at_once() const {
+    cudaLaunchConfig_t config = config_;
+    config.numAttrs = 1;  // a cluster of one has to be said, too
+    int clusters = 0;
+    check(cudaOccupancyMaxActiveClusters(&clusters, kernel(), &config), "counting clusters");
+    return clusters;
+  }
+
+ private:
+  static constexpr int kPortableCluster = 8;
+  static const void* kernel() { return reinterpret_cast<const void*>(&run_blocks<K>); }
+
+  cudaLaunchAttribute attribute_{};
+  cudaLaunchConfig_t config_{};
+};
+
 template <class K>
 void launch_blocks(const typename K::Launched& launched, int64_t blocks, int cluster, int shared_bytes, void* stream) {
-  const void* const kernel = reinterpret_cast<const void*>(&run_blocks<K>);
-  if (shared_bytes > 48 * 1024) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
-          "reserving shared memory");
+  BlockLaunch<K>(blocks, cluster, shared_bytes, stream).run(launched);
+}
+
+// How many clusters of 1 to MOST thread blocks a device runs at a time.
+template <int MOST>
+struct ClustersAtOnce {
+  int of[MOST];
+
+  // The most thread blocks that a cluster may have if all of so many are to run at once; 0 where that is too many.
+  int largest(int64_t clusters) const {
+    return int(std::find_if(of, of + MOST, [=](int at_once) { return at_once < clusters; }) - of);
   }
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {unsigned(cluster), 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(unsigned(blocks));
-  config.blockDim = dim3(K::kThreads);
-  config.dynamicSmemBytes = size_t(shared_bytes);
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &attribute;
-  config.numAttrs = cluster > 1 ? 1 : 0;
-  void* arguments[] = {const_cast<typename K::Launched*>(&launched)};
-  check(cudaLaunchKernelExC(&config, kernel, arguments), "launching a kernel");
+};
+
+// Those of K on the current device, which is asked once.
+template <class K, int MOST>
+const ClustersAtOnce<MOST>& clusters_at_once(int shared_bytes) {
+  constexpr int kDevices = 64;  // whose answers are kept apart
+  static ClustersAtOnce<MOST> known[kDevices];
+  static std::once_flag asked[kDevices];
+  int device = 0;
+  check(cudaGetDevice(&device), "reading the device");
+  ClustersAtOnce<MOST>& clusters = known[device % kDevices];
+  std::call_once(asked[device % kDevices], [&] {
+    for (int blocks = 1; blocks <= MOST; ++blocks) {
+      clusters.of[blocks - 1] = BlockLaunch<K>(blocks, blocks, shared_bytes).clusters_at_once();
+    }
+  });
+  return clusters;
 }
 
 }  // namespace sm90
