@@ -285,7 +285,8 @@ bool folds_shares(const ForwardParams& p, const KernelInfo& kernel) {
   return p.num_splits > 1 && p.num_splits <= most_folded_shares(p, kernel);
 }
 
-// Into how many shares of its keys, of four key blocks at least, the heuristic splits each of `blocks` blocks.
+// Into how many shares of its keys, of four key blocks at least where Combine folds them, the heuristic splits each of
+// `blocks` blocks.
 int choose_shares(const ForwardParams& p, const KernelInfo& kernel, int64_t blocks, const Queue& queue) {
   const int64_t multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, queue);
   const int64_t at_once = kernel.persistent ? multiprocessors : 2 * multiprocessors;
@@ -296,10 +297,10 @@ int choose_shares(const ForwardParams& p, const KernelInfo& kernel, int64_t bloc
   // Few queries wait for memory, and half of the multiprocessors take most of that.
   const bool has_few_queries = 2 * p.seqlen_q <= kernel.block_m;
   if (!kernel.persistent || has_few_queries) {
-    // Shares that need no Combine may be fewer, the more so the sooner they are done, and shorter.
+    // Shares that need no Combine may be fewer, the more so the sooner they are done, and of a single key block.
     const int wanted = std::max(1, most(at_once)), folded = most_folded_shares(p, kernel);
     const bool enough = 4 * folded >= 3 * wanted || (2 * folded >= wanted && key_blocks <= 16 * folded);
-    return enough && folded > 1 && key_blocks >= 8 ? std::min(folded, key_blocks / 2) : wanted;
+    return enough && folded > 1 && key_blocks > 2 ? std::min(folded, key_blocks) : wanted;
   }
   if (blocks > at_once) return 1;
   int best = 1, least = 0x7fffffff;
