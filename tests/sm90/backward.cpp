@@ -213,7 +213,7 @@ int main(int, char** arguments) {
   const bool fp32 = std::strcmp(arguments[1], "fp32") == 0;
   const int dim = atoi(arguments[2]);
   const unsigned seed = unsigned(atoi(arguments[3]));
-  srand(seed);
+  host::random.seed(seed);
   switch (dim) {
     case 64:
       return !(fp32 ? check_fp32<64>(seed) : check_all<sm90::Backward, 64>(seed));

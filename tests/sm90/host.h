@@ -1,6 +1,7 @@
-// CUDA's threads on the host: fibres that run in random order, with what kernels call that is not PTX.
+// CUDA's threads on the host: fibres that run in random order of warps, with what kernels call that is not PTX.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cstdint>
@@ -8,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <random>
 #include <vector>
 
 struct float2 {
@@ -43,49 +45,72 @@ struct ThreadBlock {
   Warp warps[16];
   Meeting named[4];
   int threads;
+  ThreadBlock* cluster;  // its first thread block
+  unsigned rank;         // in it
+  Meeting of_cluster;    // the first one's, of all
+  int threads_of_cluster;
 };
 
 struct Thread {
   Index number;
   ThreadBlock* block;
-  ucontext_t context;
+  ucontext_t context;  // to begin with; then `left`, which takes no call of the system
+  jmp_buf left;
+  bool begun = false;
   std::unique_ptr<char[]> stack;
+  unsigned held_of_cluster = 0;  // when it arrived there
   const char* waits_for = "";
-  bool done = false;
 };
 
 inline Thread* self;
 inline Index grid;
 inline std::vector<std::unique_ptr<Thread>> threads;
-inline size_t running, at;
+inline std::vector<Thread*> running;  // self is number `at`
+inline size_t at;
 inline uint64_t switches;
 inline ucontext_t outside;
 inline void (*body)(void*);
 inline void* argument;
 
-inline size_t random_below(size_t count) { return size_t(rand()) % count; }
+inline std::minstd_rand random;
+inline size_t random_below(size_t count) { return random() % count; }
 
-inline Thread* next_thread() {
-  do {
-    at = random_below(64) == 0 ? random_below(threads.size()) : (at + 1) % threads.size();
-  } while (threads[at]->done);
-  return threads[at].get();
+// The lanes of a warp one after the other, the warps in turn or at random. Lanes that have met go on together: where all
+// wait for a barrier, it must not be a phase ahead before the last one looks.
+inline Thread* take_thread(size_t number) {
+  const auto is_first = [](size_t i) {
+    return i == 0 || running[i - 1]->block != running[i]->block ||
+           running[i - 1]->number.x / 32 != running[i]->number.x / 32;
+  };
+  at = number % running.size();
+  if (is_first(at) && random_below(4) == 0) {
+    at = random_below(running.size());
+    while (!is_first(at)) --at;
+  }
+  return running[at];
+}
+
+inline void resume(Thread* thread) {
+  self = thread;
+  if (thread->begun) _longjmp(thread->left, 1);
+  thread->begun = true;
+  setcontext(&thread->context);
 }
 
 // Lets another thread run.
 inline void yield() {
   if (++switches > 80'000'000) {
     printf("nobody gets on\n");
-    for (const auto& thread : threads) {
-      if (thread->done || thread->number.x % 32 != 0) continue;
+    for (const Thread* const thread : running) {
+      if (running.size() > 32 && thread->number.x % 32 != 0) continue;
       printf("thread %u of block %u waits for %s\n", thread->number.x, thread->block->number.x, thread->waits_for);
     }
     fflush(stdout);
     _Exit(1);
   }
   Thread* const from = self;
-  self = next_thread();
-  if (self != from) swapcontext(&from->context, &self->context);
+  Thread* const next = take_thread(at + 1);
+  if (next != from && _setjmp(from->left) == 0) resume(next);
 }
 
 inline void meet(Meeting& meeting, int count) {
@@ -93,9 +118,9 @@ inline void meet(Meeting& meeting, int count) {
   if (++meeting.arrived == count) {
     meeting.arrived = 0;
     ++meeting.held;
-  } else {
-    while (meeting.held == now) yield();
+    yield();
   }
+  while (meeting.held == now) yield();
 }
 inline Warp& warp() { return self->block->warps[self->number.x / 32]; }
 inline void meet_warp() { meet(warp().meeting, 32); }
@@ -116,21 +141,38 @@ T shuffle(T x, int lane) {
   return x;
 }
 
-inline char* shared_memory(uint32_t address) { return self->block->shared + address; }
+// An address is of the thread's own block, or says which of the cluster's.
+constexpr int kRankBit = 20;
+inline char* shared_memory(uint32_t address) {
+  const ThreadBlock* const block = self->block;
+  const uint32_t rank = address >> kRankBit;
+  return (rank == 0 ? block->shared : block->cluster[rank - 1].shared) + (address & ((1u << kRankBit) - 1));
+}
 // The copy engine's 128-byte mode.
 inline char* swizzled(uint32_t address) { return shared_memory(address ^ (address >> 7 & 7) << 4); }
 
-inline void start() {
-  body(argument);
-  self->done = true;
-  if (--running == 0) setcontext(&outside);
-  self = next_thread();
-  setcontext(&self->context);
+inline void arrive_at_cluster() {
+  Meeting& meeting = self->block->cluster->of_cluster;
+  self->held_of_cluster = meeting.held;
+  if (++meeting.arrived < self->block->threads_of_cluster) return;
+  meeting.arrived = 0;
+  ++meeting.held;
+}
+inline void wait_for_cluster() {
+  self->waits_for = "the cluster";
+  while (self->block->cluster->of_cluster.held == self->held_of_cluster) yield();
 }
 
-// Runs f() in every thread of `blocks` thread blocks.
+inline void start() {
+  body(argument);
+  running.erase(running.begin() + at);
+  if (running.empty()) setcontext(&outside);
+  resume(take_thread(at));
+}
+
+// Runs f() in every thread of `blocks` thread blocks, of which `cluster` at a time are one.
 template <class F>
-void launch(unsigned blocks, unsigned threads_of_block, size_t shared_bytes, F&& f) {
+void launch(unsigned blocks, unsigned threads_of_block, size_t shared_bytes, F&& f, unsigned cluster = 1) {
   constexpr size_t kStack = 256 << 10;
   std::vector<ThreadBlock> all(blocks);
   threads.clear();
@@ -141,6 +183,9 @@ void launch(unsigned blocks, unsigned threads_of_block, size_t shared_bytes, F&&
   for (unsigned block = 0; block < blocks; ++block) {
     all[block].number = {block};
     all[block].threads = int(threads_of_block);
+    all[block].threads_of_cluster = int(threads_of_block * cluster);
+    all[block].rank = block % cluster;
+    all[block].cluster = &all[block - block % cluster];
     all[block].shared = static_cast<char*>(aligned_alloc(1024, (shared_bytes + 1023) / 1024 * 1024));
     memset(all[block].shared, 0x7f, shared_bytes);  // NaN in either 16-bit dtype
     for (unsigned number = 0; number < threads_of_block; ++number) {
@@ -154,8 +199,9 @@ void launch(unsigned blocks, unsigned threads_of_block, size_t shared_bytes, F&&
       makecontext(&thread.context, start, 0);
     }
   }
-  running = threads.size();
-  self = threads[0].get();
+  for (const auto& thread : threads) running.push_back(thread.get());
+  self = running[0];
+  self->begun = true;
   swapcontext(&outside, &self->context);
   for (const ThreadBlock& block : all) free(block.shared);
 }
@@ -211,6 +257,10 @@ T __ldg(const T* p) {
 template <class T>
 T __ldcg(const T* p) {
   return *p;
+}
+template <class T>
+void __stcg(T* p, T x) {
+  *p = x;
 }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {

@@ -10,7 +10,15 @@ FA_DEVICE uint32_t shared_address(const void* p) {
   return uint32_t(static_cast<const char*>(p) - host::self->block->shared);
 }
 
-void ldmatrix(uint32_t (&)[4], uint32_t);
+FA_DEVICE void ldmatrix(uint32_t (&x)[4], uint32_t address) {
+  const int lane = int(threadIdx.x) % 32;
+  host::exchange([&](uint32_t(&mine)[4]) { mine[0] = address; },
+                 [&](uint32_t(&all)[32][4]) {
+                   for (int i = 0; i < 4; ++i) {
+                     memcpy(&x[i], host::shared_memory(all[i * 8 + lane / 4][0] + lane % 4 * 4), 4);
+                   }
+                 });
+}
 void ldmatrix_transposed(uint32_t (&)[4], uint32_t);
 uint32_t load_shared(uint32_t);
 void load_shared(uint32_t&, uint32_t&, uint32_t);

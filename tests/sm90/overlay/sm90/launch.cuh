@@ -24,6 +24,11 @@ template <class K>
 void run_blocks(typename K::Launched);
 template <class K>
 void launch_blocks(const typename K::Launched&, int64_t, int, int, void*);
+struct ClustersAtOnce {
+  int largest(int64_t) const;
+};
+template <class K, int MOST>
+const ClustersAtOnce& clusters_at_once(int);
 
 }  // namespace sm90
 }  // namespace flash_attn

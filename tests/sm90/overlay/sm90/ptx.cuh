@@ -10,8 +10,8 @@ FA_DEVICE void wgmma_fence() { host::meet_warp(); }
 FA_DEVICE void wgmma_commit() { host::meet_warp(); }
 template <int PENDING>
 FA_DEVICE void wgmma_wait() {
-  host::meet_warp();
   if (host::random_below(4) == 0) host::yield();
+  host::meet_warp();
 }
 template <int COUNT, class Register>
 FA_DEVICE void hold(Register (&)[COUNT]) {}

@@ -30,7 +30,6 @@ class Barrier {
     }
     --left_;
     turn();
-    if (host::random_below(8) == 0) host::yield();
   }
   void expect(int bytes) { bytes_ += uint32_t(bytes); }
   void arrive_expecting(int bytes) {
@@ -42,7 +41,6 @@ class Barrier {
     turn();
   }
   void wait(uint32_t phase) {
-    if (host::random_below(16) == 0) host::yield();
     host::self->waits_for = "a barrier";
     while (phase_ == phase % 2) host::yield();
   }
@@ -64,8 +62,27 @@ FA_DEVICE void fence_async_proxy() {}
 FA_DEVICE void fence_async_proxy_global() {}
 FA_DEVICE void prefetch(const CUtensorMap&) {}
 
-FA_DEVICE void load_box(uint32_t dst, const CUtensorMap& map, Barrier& barrier, int column, int row, int head,
-                        int batch) {
+FA_DEVICE uint32_t cluster_rank() { return host::self->block->rank; }
+FA_DEVICE uint32_t cluster_address(uint32_t address, uint32_t rank) { return address | (rank + 1) << host::kRankBit; }
+FA_DEVICE void arrive_in_cluster(uint32_t barrier) {
+  reinterpret_cast<Barrier*>(host::shared_memory(barrier))->arrive();
+}
+FA_DEVICE void arrive_at_cluster() { host::arrive_at_cluster(); }
+FA_DEVICE void wait_for_cluster() { host::wait_for_cluster(); }
+FA_DEVICE void sync_cluster() {
+  arrive_at_cluster();
+  wait_for_cluster();
+}
+FA_DEVICE void store_in_cluster(uint32_t address, float x, float y) {
+  const float both[2] = {x, y};
+  memcpy(host::shared_memory(address), both, 8);
+}
+
+enum class Keep { kUsual, kBriefly, kLong };
+
+// f(device memory or null, shared memory) for each element of a box.
+template <class F>
+void over_box(const CUtensorMap& map, uint32_t shared, int column, int row, int head, int batch, F&& f) {
   const int bytes = map.element_bytes;
   for (int r = 0; r < map.box_rows; ++r) {
     for (int c = 0; c < map.box_cols; ++c) {
@@ -76,14 +93,36 @@ FA_DEVICE void load_box(uint32_t dst, const CUtensorMap& map, Barrier& barrier, 
         inside = inside && at[i] >= 0 && at[i] < map.sizes[i];
         offset += at[i] * map.strides[i];
       }
-      uint32_t x = 0;
-      if (inside) memcpy(&x, map.data + offset * bytes, size_t(bytes));
-      const uint32_t to = dst + uint32_t((r * map.box_cols + c) * bytes);
-      memcpy(bytes == 2 ? host::swizzled(to) : host::shared_memory(to), &x, size_t(bytes));
+      const uint32_t there = shared + uint32_t((r * map.box_cols + c) * bytes);
+      f(inside ? map.data + offset * bytes : nullptr, bytes == 2 ? host::swizzled(there) : host::shared_memory(there));
     }
   }
-  barrier.complete(map.box_rows * map.box_cols * bytes);
 }
+
+template <Keep = Keep::kUsual>
+FA_DEVICE void load_box(uint32_t dst, const CUtensorMap& map, Barrier& barrier, int column, int row, int head,
+                        int batch) {
+  over_box(map, dst, column, row, head, batch, [&](const char* device, char* shared) {
+    if (device == nullptr) memset(shared, 0, size_t(map.element_bytes));
+    if (device != nullptr) memcpy(shared, device, size_t(map.element_bytes));
+  });
+  barrier.complete(map.box_rows * map.box_cols * map.element_bytes);
+}
+template <Keep = Keep::kUsual>
+FA_DEVICE void load_box_to_both(uint32_t dst, const CUtensorMap& map, Barrier& barrier, int column, int row, int head,
+                                int batch) {
+  for (uint32_t rank = 0; rank < 2; ++rank) {
+    auto& its_barrier = *reinterpret_cast<Barrier*>(host::shared_memory(cluster_address(shared_address(&barrier), rank)));
+    load_box(cluster_address(dst, rank), map, its_barrier, column, row, head, batch);
+  }
+}
+template <Keep = Keep::kUsual>
+FA_DEVICE void store_box(const CUtensorMap& map, uint32_t src, int column, int row, int head, int batch) {
+  over_box(map, src, column, row, head, batch, [&](const char* device, char* shared) {
+    if (device != nullptr) memcpy(const_cast<char*>(device), shared, size_t(map.element_bytes));
+  });
+}
+FA_DEVICE void commit_stores() {}
 
 FA_DEVICE void store(float* dst, uint32_t src, int bytes) { memcpy(dst, host::shared_memory(src), size_t(bytes)); }
 FA_DEVICE void reduce_add(float* dst, uint32_t src, int bytes) {

@@ -1,0 +1,270 @@
+// Hopper's forwards on the host against the definition: `forward KIND DIM SEED`, as backward.cpp.
+#include <cfloat>
+
+#include "host.h"
+
+#include "matrix.h"
+
+// As compat.cuh has it for NVIDIA.
+#define kTanhBySeries true
+#define any_lane(x) (__any_sync(0xffffffffu, x) != 0)
+
+#include "cuda/sm90/forward.cuh"
+#include "cuda/sm90/forward_fp32.cuh"
+
+struct Task {
+  std::vector<int> lengths_q, lengths_k, used_k;  // used_k: empty for all
+  bool packed, causal;
+  int heads_q, heads_kv, window_left = -1;
+  int split_size = 0;
+  bool partial = false;  // a thread block for each chunk
+  int page_size = 0;
+};
+
+// Keys or values in pages, which lie in the order of `table`.
+template <class T>
+std::vector<T> paged(const Matrix<T>& x, const Task& task, const std::vector<int32_t>& table) {
+  const size_t bytes = size_t(task.page_size) * x.heads * x.dim;  // elements of a page
+  std::vector<T> pages(table.size() * bytes);
+  for (size_t page = 0; page < table.size(); ++page) {
+    std::copy_n(x.values.begin() + page * bytes, bytes, pages.begin() + table[page] * bytes);
+  }
+  return pages;
+}
+
+template <class K>
+void launch(ForwardParams& p) {
+  unsigned blocks = unsigned(K::blocks(p)), cluster = 1;
+  uint32_t taken = 0;
+  if constexpr (!std::is_same_v<typename K::T, float>) {
+    cluster = K::kShares ? unsigned(p.num_splits) : K::in_pairs(p) ? 2 : 1;
+    if (!K::kShares) {  // thread blocks that take several tiles, dealt out or as they come
+      blocks = std::min(blocks, 2 * cluster);
+      if (blocks_differ(p)) p.tiles_taken = &taken;
+    }
+  }
+  const typename K::Launched launched(p);
+  const size_t bytes = K::kSharedBytes + (may_fold(p) ? K::kStashBytes : 0);
+  host::launch(blocks, K::kThreads, bytes, [&] { K(launched, host::self->block->shared).run(); }, cluster);
+}
+
+// With loops for any 16-bit dtype, of the kernel that such a problem has.
+template <class T, int D, Modifiers MODIFIERS>
+struct Loops {
+  template <sm90::Layout LAYOUT>
+  using Kernel = sm90::Forward<T, D, MODIFIERS, LAYOUT>;
+  static constexpr bool kFolds = true;
+  static constexpr int kStashDeviceBytes = Kernel<sm90::Layout::kUsual>::kStashDeviceBytes;
+  static constexpr bool kPlain = MODIFIERS == Modifiers::kNone;
+
+  static bool in_cluster(const ForwardParams& p) { return kPlain && p.num_splits > 1 && p.seqlen_q <= 16; }
+  static void run(ForwardParams& p) {
+    if constexpr (kPlain) {
+      if (in_cluster(p)) return launch<Kernel<sm90::Layout::kShares>>(p);
+    }
+    if (p.block_table != nullptr) return launch<Kernel<sm90::Layout::kPages>>(p);
+    if (Kernel<sm90::Layout::kUsual>::is_ragged(p)) return launch<Kernel<sm90::Layout::kRagged>>(p);
+    launch<Kernel<sm90::Layout::kUsual>>(p);
+  }
+};
+template <int D, Modifiers MODIFIERS>
+struct Loops<float, D, MODIFIERS> {
+  using Kernel = sm90::Fp32Forward<D, MODIFIERS>;
+  static constexpr bool kFolds = Kernel::kFolds;
+  static constexpr int kStashDeviceBytes = 0;
+  static bool in_cluster(const ForwardParams&) { return false; }
+  static void run(ForwardParams& p) { launch<Kernel>(p); }
+};
+
+template <class T, int D, Modifiers MODIFIERS>
+bool check(const Task& task, int dim, Scoring scoring, unsigned seed) {
+  using Kernel = Loops<T, D, MODIFIERS>;
+  constexpr bool kFp32 = std::is_same_v<T, float>, kHalf = std::is_same_v<T, Half>;
+  std::mt19937 random(seed);
+  const bool packed = task.packed;
+  const int batch = int(task.lengths_q.size()), group = task.heads_q / task.heads_kv;
+  const Lengths lengths_q(task.lengths_q, packed, 7), lengths_k(task.lengths_k, packed, 5);
+  const std::vector<int>&ends_q = lengths_q.ends, &ends_k = lengths_k.ends;
+  const int longest_q = lengths_q.longest, longest_k = lengths_k.longest;
+  const int total_q = lengths_q.total, total_k = lengths_k.total;
+  Matrix<T> q(total_q, task.heads_q, dim, ends_q.back(), random), out(q);
+  Matrix<T> k(total_k, task.heads_kv, dim, ends_k.back(), random), v(k);
+  std::shuffle(v.values.begin(), v.values.begin() + size_t(ends_k.back()) * task.heads_kv * dim, random);
+  for (int row = 0; row < ends_k.back(); ++row) {
+    const int octaves = kFp32 ? 40 : 8;
+    v.scale(row, std::ldexp(1.0f, int(random() % octaves) - octaves / 2));
+  }
+  for (int b = 0; b < batch && !task.used_k.empty(); ++b) {
+    for (int row = ends_k[b] + task.used_k[b]; row < ends_k[b + 1]; ++row) k.spoil(row), v.spoil(row);
+  }
+  for (int row = 0; row < total_q; ++row) out.spoil(row);
+  std::vector<float> lse(size_t(task.heads_q) * total_q, NAN);
+
+  ForwardParams p{};
+  p.q = q.ref(packed, longest_q);
+  p.k = k.ref(packed, longest_k);
+  p.v = v.ref(packed, longest_k);
+  p.out = out.ref(packed, longest_q);
+  p.lse = {lse.data(), packed ? 0 : int64_t(task.heads_q) * longest_q, packed ? total_q : longest_q};
+  describe(p, task, dim, lengths_q, lengths_k);
+  scoring.describe(p);
+  if (p.softcap > 0) p.softcap_series = softcap_series(p.softmax_scale, p.softcap);
+  p.dtype = kFp32 ? DType::kFloat32 : kHalf ? DType::kFloat16 : DType::kBFloat16;
+  p.aligned = dim * sizeof(T) % 16 == 0;
+  p.split_size = task.split_size;
+  p.num_splits = task.partial ? ceil_div(longest_k, task.split_size) : 1;
+  const int64_t partial_rows = int64_t(p.num_splits) * batch * task.heads_q * longest_q;
+  std::vector<float> partial_out(size_t(partial_rows) * dim + Kernel::kStashDeviceBytes, NAN);
+  std::vector<float> partial_max(partial_rows), partial_sum(partial_rows);
+  p.partial_out = partial_out.data();
+  p.partial_max = partial_max.data();
+  p.partial_sum = partial_sum.data();
+  std::vector<int32_t> table;
+  std::vector<T> k_pages, v_pages;
+  if (task.page_size > 0) {
+    for (int i = 0; i < total_k / task.page_size; ++i) table.push_back(i);
+    std::shuffle(table.begin(), table.end(), random);
+    k_pages = paged(k, task, table), v_pages = paged(v, task, table);
+    p.k.data = k_pages.data(), p.v.data = v_pages.data();
+    p.k.batch_stride = p.v.batch_stride = int64_t(task.page_size) * task.heads_kv * dim;
+    p.block_table = table.data();
+    p.block_table_stride = longest_k / task.page_size;
+    p.pages = int(table.size());
+    p.page_size = task.page_size;
+  }
+  Kernel::run(p);
+  const bool is_partial = task.partial && !Kernel::in_cluster(p);
+
+  // Relative to what a row's terms add up to, dropped ones included, where they are largest.
+  double worst = 0, worst_lse = 0;
+  for (int b = 0; b < batch; ++b) {
+    const int rows = lengths_q[b], keys = task.used_k.empty() ? lengths_k[b] : task.used_k[b];
+    for (int h = 0; h < task.heads_q; ++h) {
+      for (int i = 0; i < rows; ++i) {
+        const int row = ends_q[b] + i, diagonal = i + keys - rows;
+        const int begin = task.window_left < 0 ? 0 : std::max(0, diagonal - task.window_left);
+        const int end = task.causal ? std::min(keys, diagonal + 1) : keys;
+        std::vector<double> weight(keys), kept(keys);
+        double max = -INFINITY, sum = 0;
+        for (int j = begin; j < end; ++j) {
+          for (int d = 0; d < dim; ++d) weight[j] += q.at(row, h, d) * k.at(ends_k[b] + j, h / group, d);
+          double derivative;
+          weight[j] = scoring.modify(weight[j] * p.softmax_scale, h, diagonal - j, derivative);
+          max = std::max(max, weight[j]);
+        }
+        for (int j = begin; j < end; ++j) {
+          sum += weight[j] = std::exp(weight[j] - max);
+          kept[j] = Scoring::kept(p, b, h, i, j);
+        }
+        double largest = 0, error = 0;
+        for (int d = 0; d < dim; ++d) {
+          double wanted = 0, size = 0, found = out.at(row, h, d);
+          for (int j = begin; j < end; ++j) {
+            const double term = weight[j] / sum * v.at(ends_k[b] + j, h / group, d);
+            wanted += kept[j] * term;
+            size += std::fabs(term);
+          }
+          if (is_partial) {  // as Combine folds them
+            double all = 0;
+            found = 0;
+            for (int split = 0; split < p.num_splits; ++split) {
+              const size_t at = ((size_t(split) * batch + b) * task.heads_q + h) * longest_q + i;
+              const double share = std::exp2(partial_max[at] - max / kLn2);
+              found += share * partial_out[at * dim + d];
+              all += share * partial_sum[at];
+            }
+            found = begin < end ? found / all * kept_scale<double>(p) : 0;
+          }
+          largest = std::max(largest, size);
+          if (!(std::fabs(found - wanted) <= error)) error = std::fabs(found - wanted);
+        }
+        if (begin < end) error /= largest;
+        if (!(error <= worst)) worst = error;
+        if (is_partial) continue;
+        const size_t at = packed ? size_t(h) * total_q + row : (size_t(b) * task.heads_q + h) * longest_q + i;
+        const double wanted = begin < end ? max + std::log(sum) : INFINITY;
+        const double of_lse = lse[at] == wanted ? 0 : std::fabs(lse[at] - wanted);
+        if (!(of_lse <= worst_lse)) worst_lse = of_lse;
+      }
+    }
+  }
+  for (int row = ends_q.back(); row < total_q; ++row) {
+    for (int d = 0; d < dim; ++d) worst += std::fabs(out.at(row, 0, d));  // rows of no sequence are zero
+  }
+  // Twice the dtype's rounding, P being rounded too; of LSE what the softcap's series leaves.
+  const bool good = worst < (kFp32 ? 2e-6 : kHalf ? 1e-3 : 8e-3) && worst_lse < (kFp32 ? 2e-6 : 2e-5);
+  printf("%s dim %d, %s, %s, chunks of %d%s, %d queries and %d keys in %d: out %.1e lse %.1e\n", good ? "good" : "BAD",
+         dim, packed ? "packed" : "padded", task.causal ? "causal" : "full", task.split_size,
+         task.partial ? " apart" : "", total_q, total_k, batch, worst, worst_lse);
+  return good;
+}
+
+const Task kTasks[] = {
+    {{70, 70}, {200, 200}, {}, false, false, 2, 1},
+    {{200}, {200}, {}, false, true, 2, 2},
+    {{70, 3, 131}, {150, 64, 70}, {}, true, true, 2, 1},
+    {{70, 3, 0, 64}, {150, 64, 10, 0}, {}, true, false, 1, 1},
+    {{190}, {250}, {}, false, true, 1, 1, 40},
+    {{100, 64}, {128, 150}, {77, 130}, true, false, 1, 1},
+    {{130}, {330}, {}, false, true, 1, 1, -1, 128},
+    {{5}, {330}, {}, false, false, 2, 1, -1, 128, true},
+};
+
+// Behind more short sequences than a warp has lanes.
+std::vector<int> late(std::vector<int> lengths, int length) {
+  lengths.insert(lengths.begin(), 40, length);
+  return lengths;
+}
+
+// What 16-bit loops have kernels of their own for: pairs of thread blocks, ragged batches, pages, shares in clusters.
+const Task kTasks16Bit[] = {
+    {{256}, {300}, {}, false, false, 2, 1},
+    {late({800, 3}, 1), late({90, 20}, 5), {}, true, true, 2, 1},
+    {{70, 70}, {288, 288}, {250, 33}, false, true, 2, 1, -1, 0, false, 48},
+    {{16, 16}, {640, 640}, {640, 130}, false, true, 2, 1, -1, 128, true},
+    {{3, 3}, {640, 640}, {513, 0}, false, false, 2, 2, -1, 256, true, 16},
+};
+
+// By the copy engine; then scored, of rows that do not allow 16-byte access.
+template <int D>
+bool check_fp32(unsigned seed) {
+  bool good = true;
+  for (const Task& task : kTasks) {
+    if (task.split_size > 0 && !task.partial && !Loops<float, D, Modifiers::kNone>::kFolds) continue;
+    good = check<float, D, Modifiers::kNone>(task, D, {}, seed) && good;
+    good = check<float, D, Modifiers::kAny>(task, D - 5, kScored, seed) && good;
+  }
+  return good;
+}
+// Plain; softcapped; scored, at an odd head dim.
+template <int D>
+bool check_all(unsigned seed) {
+  bool good = true;
+  const auto check_task = [&](const Task& task) {
+    good = check<BFloat16, D, Modifiers::kNone>(task, D, {}, seed) && good;
+    good = check<Half, D, Modifiers::kSoftcap>(task, D, {3.0f}, seed) && good;
+    good = check<Half, D, Modifiers::kAny>(task, D - 8, kScored, seed) && good;
+  };
+  for (const Task& task : kTasks) check_task(task);
+  for (const Task& task : kTasks16Bit) check_task(task);
+  return good;
+}
+
+int main(int, char** arguments) {
+  const bool fp32 = std::strcmp(arguments[1], "fp32") == 0;
+  const unsigned seed = unsigned(atoi(arguments[3]));
+  host::random.seed(seed);
+  switch (atoi(arguments[2])) {
+    case 64:
+      return !(fp32 ? check_fp32<64>(seed) : check_all<64>(seed));
+    case 96:
+      return !(fp32 ? check_fp32<96>(seed) : check_all<96>(seed));
+    case 128:
+      return !(fp32 ? check_fp32<128>(seed) : check_all<128>(seed));
+    case 192:
+      return !(fp32 ? check_fp32<192>(seed) : check_all<192>(seed));
+    case 256:
+      return !(fp32 ? check_fp32<256>(seed) : check_all<256>(seed));
+  }
+  return 2;
+}
