@@ -76,6 +76,11 @@ struct Loops<float, D, MODIFIERS> {
   static void run(ForwardParams& p) { launch<Kernel>(p); }
 };
 
+// The larger of both; NaN where one is.
+void raise(double& most, double x) {
+  if (!(x <= most) && !std::isnan(most)) most = x;
+}
+
 template <class T, int D, Modifiers MODIFIERS>
 bool check(const Task& task, int dim, Scoring scoring, unsigned seed) {
   using Kernel = Loops<T, D, MODIFIERS>;
@@ -176,15 +181,14 @@ bool check(const Task& task, int dim, Scoring scoring, unsigned seed) {
             found = begin < end ? found / all * kept_scale<double>(p) : 0;
           }
           largest = std::max(largest, size);
-          if (!(std::fabs(found - wanted) <= error)) error = std::fabs(found - wanted);
+          raise(error, std::fabs(found - wanted));
         }
         if (begin < end) error /= largest;
-        if (!(error <= worst)) worst = error;
+        raise(worst, error);
         if (is_partial) continue;
         const size_t at = packed ? size_t(h) * total_q + row : (size_t(b) * task.heads_q + h) * longest_q + i;
         const double wanted = begin < end ? max + std::log(sum) : INFINITY;
-        const double of_lse = lse[at] == wanted ? 0 : std::fabs(lse[at] - wanted);
-        if (!(of_lse <= worst_lse)) worst_lse = of_lse;
+        raise(worst_lse, lse[at] == wanted ? 0 : std::fabs(lse[at] - wanted));
       }
     }
   }

@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <random>
 #include <vector>
@@ -59,10 +60,12 @@ struct Thread {
   bool begun = false;
   std::unique_ptr<char[]> stack;
   unsigned held_of_cluster = 0;  // when it arrived there
+  int stores = 0;                // that it has asked the copy engine for, and are to be done
   const char* waits_for = "";
 };
 
 inline Thread* self;
+inline std::vector<std::function<void()>> copies;  // that the copy engine has not done
 inline Index grid;
 inline std::vector<std::unique_ptr<Thread>> threads;
 inline std::vector<Thread*> running;  // self is number `at`
@@ -97,6 +100,23 @@ inline void resume(Thread* thread) {
   setcontext(&thread->context);
 }
 
+// As the thread that now asks for it, but at any time and in any order.
+template <class F>
+void copy_later(F&& copy) {
+  copies.emplace_back([copy, asker = self] {
+    Thread* const now = self;
+    self = asker;
+    copy();
+    self = now;
+  });
+}
+inline void copy_one() {
+  std::swap(copies[random_below(copies.size())], copies.back());
+  const auto copy = std::move(copies.back());
+  copies.pop_back();
+  copy();
+}
+
 // Lets another thread run.
 inline void yield() {
   if (++switches > 80'000'000) {
@@ -109,6 +129,7 @@ inline void yield() {
     _Exit(1);
   }
   Thread* const from = self;
+  if (!copies.empty() && random_below(8192) == 0) copy_one();
   Thread* const next = take_thread(at + 1);
   if (next != from && _setjmp(from->left) == 0) resume(next);
 }
@@ -165,6 +186,10 @@ inline void wait_for_cluster() {
 
 inline void start() {
   body(argument);
+  if (self->stores > 0) {
+    printf("a thread ends before its stores\n");
+    _Exit(1);
+  }
   running.erase(running.begin() + at);
   if (running.empty()) setcontext(&outside);
   resume(take_thread(at));

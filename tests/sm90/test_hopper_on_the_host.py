@@ -1,6 +1,6 @@
-"""Hopper's own loops on the CPU: their sources, threads as fibres, warps in random order, PTX replaced.
+"""Hopper's own loops on the CPU: their sources, threads as fibres, warps and copies in random order, PTX replaced.
 
-No substitute for a GPU: copies and multiplies are done when they are issued, and memory is in order.
+No substitute for a GPU: multiplies are done when they are issued, and memory is in order.
 What it finds are values from the wrong place or of nobody (shared memory and neighbours are NaN), barriers that count
 wrong, and schedules in which nobody gets on.
 """

@@ -102,11 +102,13 @@ void over_box(const CUtensorMap& map, uint32_t shared, int column, int row, int 
 template <Keep = Keep::kUsual>
 FA_DEVICE void load_box(uint32_t dst, const CUtensorMap& map, Barrier& barrier, int column, int row, int head,
                         int batch) {
-  over_box(map, dst, column, row, head, batch, [&](const char* device, char* shared) {
-    if (device == nullptr) memset(shared, 0, size_t(map.element_bytes));
-    if (device != nullptr) memcpy(shared, device, size_t(map.element_bytes));
+  host::copy_later([=, &map, &barrier] {
+    over_box(map, dst, column, row, head, batch, [&](const char* device, char* shared) {
+      if (device == nullptr) memset(shared, 0, size_t(map.element_bytes));
+      if (device != nullptr) memcpy(shared, device, size_t(map.element_bytes));
+    });
+    barrier.complete(map.box_rows * map.box_cols * map.element_bytes);
   });
-  barrier.complete(map.box_rows * map.box_cols * map.element_bytes);
 }
 template <Keep = Keep::kUsual>
 FA_DEVICE void load_box_to_both(uint32_t dst, const CUtensorMap& map, Barrier& barrier, int column, int row, int head,
@@ -116,21 +118,38 @@ FA_DEVICE void load_box_to_both(uint32_t dst, const CUtensorMap& map, Barrier& b
     load_box(cluster_address(dst, rank), map, its_barrier, column, row, head, batch);
   }
 }
+template <class F>
+void store_later(F&& store) {
+  ++host::self->stores;
+  host::copy_later([store] {
+    store();
+    --host::self->stores;
+  });
+}
 template <Keep = Keep::kUsual>
 FA_DEVICE void store_box(const CUtensorMap& map, uint32_t src, int column, int row, int head, int batch) {
-  over_box(map, src, column, row, head, batch, [&](const char* device, char* shared) {
-    if (device != nullptr) memcpy(const_cast<char*>(device), shared, size_t(map.element_bytes));
+  store_later([=, &map] {
+    over_box(map, src, column, row, head, batch, [&](const char* device, char* shared) {
+      if (device != nullptr) memcpy(const_cast<char*>(device), shared, size_t(map.element_bytes));
+    });
   });
 }
 FA_DEVICE void commit_stores() {}
 
-FA_DEVICE void store(float* dst, uint32_t src, int bytes) { memcpy(dst, host::shared_memory(src), size_t(bytes)); }
+FA_DEVICE void store(float* dst, uint32_t src, int bytes) {
+  store_later([=] { memcpy(dst, host::shared_memory(src), size_t(bytes)); });
+}
 FA_DEVICE void reduce_add(float* dst, uint32_t src, int bytes) {
-  const float* const x = reinterpret_cast<const float*>(host::shared_memory(src));
-  for (int i = 0; i < bytes / 4; ++i) dst[i] += x[i];
+  store_later([=] {
+    const float* const x = reinterpret_cast<const float*>(host::shared_memory(src));
+    for (int i = 0; i < bytes / 4; ++i) dst[i] += x[i];
+  });
 }
 template <bool READ>
-FA_DEVICE void wait_written() {}
+FA_DEVICE void wait_written() {
+  host::self->waits_for = "its stores";
+  while (host::self->stores > 0) host::yield();
+}
 
 FA_DEVICE void sync_named(int id, int threads) { host::meet(host::self->block->named[id], threads); }
 
