@@ -84,8 +84,8 @@ bool in_performance_mode(const AttentionParams& p) { return p.performance_mode &
 
 const KernelInfo& forward_kernel(const ForwardParams& p) {
   const bool performance = in_performance_mode(p);
-  return find(KernelKind::kForward, p.dtype, p.head_dim, performance || is_modified(p) || p.s_dmask != nullptr,
-              performance);
+  const bool modified = is_modified(p) || p.s_dmask != nullptr || p.block_table != nullptr;
+  return find(KernelKind::kForward, p.dtype, p.head_dim, performance || modified, performance);
 }
 const KernelInfo& backward_kernel(const BackwardParams& p) {
   const bool performance = in_performance_mode(p);
@@ -112,6 +112,7 @@ struct PartialBytes {
 // Keys are split over blocks only where split_size fixes how: whether they are then changes no bit, and without it an
 // output would depend on how many other blocks there are.
 Workspace plan_forward(ForwardParams& p, const Queue& queue) {
+  make_rows_of_heads(p);
   const KernelInfo& kernel = forward_kernel(p);
   if (p.split_size < 0 || p.split_size % kernel.block_n != 0) {
     throw std::invalid_argument("split_size: must be a multiple of " + std::to_string(kernel.block_n) +
@@ -136,7 +137,7 @@ void forward(ForwardParams p, void* workspace, const Queue& queue) {
   if (p.num_splits > 1) launch(find(KernelKind::kCombine, p.dtype), p, scratch, queue);
 }
 
-bool reads_pages(const ForwardParams&, const Queue&) { return false; }
+bool reads_pages(const ForwardParams&, const Queue&) { return true; }
 
 // ---- backward ------------------------------------------------------------------------------------------------------
 

@@ -64,22 +64,27 @@ FA_INLINE void convert_row(const T* src, typename Factor<F>::Unit* dst, int coun
   }
 }
 
-// Two rows of elements, k from row to row, to one line of units of bf16; `odd` null: a row of zeros.
+// Two rows of elements, k from row to row, to one line of units of bf16; null: a row of zeros.
 FA_INLINE void interleave_rows(const Half* even, const Half* odd, uint32_t* dst, int count, int extent) {
   float widened[2][kMaxHeadDim];
-  widen_row<Half>(even, widened[0], count);
-  widen_row<Half>(odd == nullptr ? even : odd, widened[1], count);
-  for (int i = 0; odd == nullptr && i < count; ++i) widened[1][i] = 0;
+  const auto widen = [count](const Half* src, float* to) {
+    if (src != nullptr) return widen_row<Half>(src, to, count);
+    for (int i = 0; i < count; ++i) to[i] = 0;
+  };
+  widen(even, widened[0]);
+  widen(odd, widened[1]);
   pack_pair<Rounding::kNearestEven>(widened[0], widened[1], dst, count);
   for (int i = count; i < extent; ++i) dst[i] = 0;
 }
 FA_INLINE void interleave_rows(const BFloat16* even, const BFloat16* odd, uint32_t* dst, int count, int extent) {
-  if (odd == nullptr) {
-    FA_VECTORISE
-    for (int i = 0; i < count; ++i) dst[i] = even[i].bits;
-  } else {
+  if (even != nullptr && odd != nullptr) {
     FA_VECTORISE
     for (int i = 0; i < count; ++i) dst[i] = even[i].bits | uint32_t(odd[i].bits) << 16;
+  } else {  // at a sequence's end, or a page that is not there
+    for (int i = 0; i < count; ++i) {
+      const uint32_t low = even != nullptr ? even[i].bits : 0, high = odd != nullptr ? odd[i].bits : 0;
+      dst[i] = low | high << 16;
+    }
   }
   for (int i = count; i < extent; ++i) dst[i] = 0;
 }

@@ -3,6 +3,7 @@
 // kExtent.
 #pragma once
 
+#include "../cuda/tile/pages.cuh"
 #include "fragment.h"
 
 namespace flash_attn {
@@ -35,11 +36,14 @@ class Tile {
 
   FA_INLINE void load(const Stored* src, int64_t row_stride, int rows, int cols, bool) {
     set_upcoming(src + ROWS * row_stride, row_stride, rows - ROWS, cols);
-    rows = rows < ROWS ? rows : ROWS;
-    set_extents(round_up(rows), round_up(cols));
-    if constexpr (kHasColumns) load_columns(src, row_stride, rows, cols);
-    if constexpr (kHasPlain || (kHasPaired && kPer == 1)) load_plain(src, row_stride, rows, cols);
-    if constexpr (kHasPaired && kPer == 2) load_paired(src, row_stride, rows, cols);
+    load_rows([=](int row) { return src + row * row_stride; }, rows, cols);
+  }
+  FA_INLINE void load(const PagedRows<Stored>& from, int rows, int cols, bool) {
+    // What the next rows' page has of them: a page lies together.
+    const Stored* const next = rows > ROWS ? from.find(ROWS) : nullptr;
+    const int together = next == nullptr ? 0 : from.page_size - from.row_in_page(ROWS);
+    set_upcoming(next, from.row_stride, together < rows - ROWS ? together : rows - ROWS, cols);
+    load_rows([&](int row) { return from.find(row); }, rows, cols);
   }
   FA_INLINE void land() {}
 
@@ -95,31 +99,44 @@ class Tile {
   FA_INLINE Unit* form(int index) const { return reinterpret_cast<Unit*>(shared_ + kHeaderBytes + index * kFormBytes); }
   FA_INLINE Stored* staging() const { return reinterpret_cast<Stored*>(shared_ + kHeaderBytes); }
 
-  FA_INLINE void load_columns(const Stored* src, int64_t row_stride, int row_count, int col_count) {
+  // find(row): where a row lies, or null for zeros.
+  template <class Find>
+  FA_INLINE void load_rows(Find&& find, int rows, int cols) {
+    rows = rows < ROWS ? rows : ROWS;
+    set_extents(round_up(rows), round_up(cols));
+    const auto find_inside = [&](int row) { return row < rows ? find(row) : nullptr; };
+    if constexpr (kHasColumns) load_columns(find_inside, cols);
+    if constexpr (kHasPlain || (kHasPaired && kPer == 1)) load_plain(find_inside, cols);
+    if constexpr (kHasPaired && kPer == 2) load_paired(find_inside, cols);
+  }
+
+  template <class Find>
+  FA_INLINE void load_columns(Find&& find, int col_count) {
     constexpr int kSide = kLanes<Unit>, kLine = COLS / kPer;
     alignas(64) Unit lines[kSide * kLine];
     const int extent = (cols() / kPer + kSide - 1) / kSide * kSide;  // in units
     for (int row = 0; row < rows(); row += kSide) {
       for (int i = 0; i < kSide; ++i) {
-        const int count = row + i < row_count ? col_count : 0;
-        convert_row<FactorOf<T>>(src + (row + i) * row_stride, lines + i * kLine, count, extent * kPer);
+        const Stored* const src = find(row + i);
+        convert_row<FactorOf<T>>(src, lines + i * kLine, src != nullptr ? col_count : 0, extent * kPer);
       }
       for (int unit = 0; unit < extent; unit += kSide) {
         transpose_square(lines + unit, kLine, columns() + unit * ROWS + row, ROWS);
       }
     }
   }
-  FA_INLINE void load_plain(const Stored* src, int64_t row_stride, int row_count, int col_count) {
+  template <class Find>
+  FA_INLINE void load_plain(Find&& find, int col_count) {
     for (int row = 0; row < rows(); ++row) {
-      Unit* line = (kHasPlain ? plain() : paired()) + row * (COLS / kPer);
-      convert_row<FactorOf<T>>(src + row * row_stride, line, row < row_count ? col_count : 0, cols());
+      Unit* const line = (kHasPlain ? plain() : paired()) + row * (COLS / kPer);
+      const Stored* const src = find(row);
+      convert_row<FactorOf<T>>(src, line, src != nullptr ? col_count : 0, cols());
     }
   }
-  FA_INLINE void load_paired(const Stored* src, int64_t row_stride, int row_count, int col_count) {
+  template <class Find>
+  FA_INLINE void load_paired(Find&& find, int col_count) {
     for (int row = 0; row < rows(); row += 2) {
-      const Stored* even = src + row * row_stride;
-      const Stored* odd = row + 1 < row_count ? even + row_stride : nullptr;
-      interleave_rows(even, odd, paired() + row / 2 * COLS, row < row_count ? col_count : 0, cols());
+      interleave_rows(find(row), find(row + 1), paired() + row / 2 * COLS, col_count, cols());
     }
   }
 

@@ -233,27 +233,6 @@ bool partials_are_small(const ForwardParams& p, int chunks) {
   return partials * int64_t(sizeof(float)) * 10 <= tensors * int64_t(element_bytes(p.dtype));
 }
 
-// One query a sequence: the heads that share a KV head become the rows of one, and a block reads their keys once. A
-// row's bits do not depend on the rows beside it.
-void make_rows_of_heads(ForwardParams& p) {
-  const int group = p.heads_q / p.heads_kv;
-  const bool sees_all = p.window_left < 0 || p.window_left >= p.seqlen_k;
-  const bool alike = p.alibi_slopes == nullptr && p.dropout_p == 0 && p.s_dmask == nullptr;
-  if (p.seqlen_q != 1 || group == 1 || p.cu_seqlens_q != nullptr || p.lse.head_stride != 1 || !sees_all || !alike) {
-    return;
-  }
-  for (TensorRef* rows : {&p.q, &p.out}) {
-    rows->row_stride = rows->head_stride;
-    rows->head_stride *= group;
-  }
-  p.lse.head_stride = group;
-  p.heads_q = p.heads_kv;
-  p.seqlen_q = group;
-  p.total_q *= group;
-  p.window_left = p.window_right = -1;
-  p.rows_are_heads = true;
-}
-
 // A persistent kernel counts in device memory the blocks that were taken. In the backward it also stores the first
 // addition to a sum of dQ.
 size_t blocks_taken_bytes(const KernelInfo& kernel) { return kernel.persistent ? align(sizeof(uint32_t)) : 0; }

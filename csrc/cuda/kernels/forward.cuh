@@ -11,6 +11,7 @@
 #include "../attention/schedule.cuh"
 #include "../attention/score.cuh"
 #include "../attention/softmax.cuh"
+#include "../tile/pages.cuh"
 #include "../tile/tile.cuh"
 
 namespace flash_attn {
@@ -21,7 +22,7 @@ struct Forward {
   using T = typename P::Element;
   using Scalar = AccumOf<T>;
   static constexpr int kD = P::kHeadDim;
-  static constexpr bool kModified = P::kModified;
+  static constexpr bool kModified = P::kModified, kReadsPages = kModified;
   static constexpr Modifiers kModifiers = kModified ? Modifiers::kAny : Modifiers::kNone;
 
   using Tuning = typename Arch::template Tuning<Kernel::kForward, T, kD, kModified>;
@@ -100,13 +101,26 @@ struct Forward {
     const T* q = head_rows<const T>(p.q, work.batch, work.head, seq.first_q + work.query_begin);
     q_tile.load(q, p.q.row_stride, rows(), p.head_dim, aligned());
   }
-  FA_DEVICE void load_keys(int key) {
+  FA_DEVICE void load_keys(int key) { load(k_tile, &Params::k, k, key); }
+  FA_DEVICE void load_values(int key) { load(v_tile, &Params::v, v, key); }
+  // A block of keys or values, those of a sequence and head beginning at `first`, or in pages.
+  template <class Tile>
+  FA_DEVICE void load(Tile& tile, TensorRef Params::*which, const T* first, int key) {
     const Params& p = reread(this->p);
-    k_tile.load(k + key * p.k.row_stride, p.k.row_stride, seq.len_k - key, p.head_dim, aligned());
-  }
-  FA_DEVICE void load_values(int key) {
-    const Params& p = reread(this->p);
-    v_tile.load(v + key * p.v.row_stride, p.v.row_stride, seq.len_k - key, p.head_dim, aligned());
+    const TensorRef& rows = p.*which;
+    if constexpr (kReadsPages) {
+      if (p.block_table != nullptr) {
+        const PagedRows<T> in_pages{static_cast<const T*>(rows.data) + kv_head() * rows.head_stride,
+                                    rows.batch_stride,
+                                    rows.row_stride,
+                                    p.block_table + work.batch * p.block_table_stride,
+                                    p.pages,
+                                    p.page_size,
+                                    key};
+        return tile.load(in_pages, seq.len_k - key, p.head_dim, aligned());
+      }
+    }
+    tile.load(first + key * rows.row_stride, rows.row_stride, seq.len_k - key, p.head_dim, aligned());
   }
 
   // scores = Q K^T for the keys in k_tile, modified, for what that returns, and masked.

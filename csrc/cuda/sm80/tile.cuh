@@ -2,6 +2,7 @@
 // row, so that ldmatrix, its transposed form, and the accumulators' stores all run without bank conflicts.
 #pragma once
 
+#include "../tile/pages.cuh"
 #include "fragment.cuh"
 
 namespace flash_attn {
@@ -31,7 +32,24 @@ class Tile {
         }
       }
     } else {
-      load_elements(src, row_stride, rows, cols);
+      load_elements(rows, cols, [&](int row) { return src + row * row_stride; });
+    }
+  }
+  FA_DEVICE void load(const PagedRows<T>& from, int rows, int cols, bool aligned) {
+    if (!aligned) return load_elements(rows, cols, [&](int row) { return from.find(row); });
+    const int row0 = int(threadIdx.x / kLanes), chunk0 = int(threadIdx.x % kLanes);
+    const uint32_t dst = offset(row0, chunk0);
+    FA_UNROLL
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const int row = row0 + pass * kRowsOfPass;
+      if (ROWS % kRowsOfPass != 0 && row >= ROWS) break;
+      const T* const found = row < rows ? from.find(row) : nullptr;
+      const T* const src = (found == nullptr ? from.data : found) + chunk0 * kPerChunk;
+      FA_UNROLL
+      for (int group = 0; group < kChunks; group += kLanes) {
+        const bool inside = found != nullptr && (chunk0 + group) * kPerChunk < cols;
+        copy_async(base_ + within_pass(dst, pass, group), src + group * kPerChunk, inside);
+      }
     }
   }
   FA_DEVICE void land() {}
@@ -130,17 +148,19 @@ class Tile {
     T element[kPerChunk];
   };
 
-  // Rows that do not start at a multiple of 16 bytes.
-  FA_DEVICE void load_elements(const T* src, int64_t row_stride, int rows, int cols) {
+  // Rows that do not start at a multiple of 16 bytes, find(row), or null for zeros.
+  template <class Find>
+  FA_DEVICE void load_elements(int rows, int cols, Find&& find) {
 #pragma unroll 1
     for (int row = int(threadIdx.x / kLanes); row < ROWS; row += kRowsOfPass) {
+      const T* const src = row < rows ? find(row) : nullptr;
 #pragma unroll 1
       for (int chunk = int(threadIdx.x % kLanes); chunk < kChunks; chunk += kLanes) {
         Chunk x;
         FA_UNROLL
         for (int i = 0; i < kPerChunk; ++i) {
           const int col = chunk * kPerChunk + i;
-          x.element[i] = row < rows && col < cols ? src[row * row_stride + col] : T{};
+          x.element[i] = src != nullptr && col < cols ? src[col] : T{};
         }
         *reinterpret_cast<Chunk*>(data_ + offset(row, chunk)) = x;
       }

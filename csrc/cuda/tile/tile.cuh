@@ -12,6 +12,8 @@
 //                                     starts filling from device memory; rows beyond `rows` and columns beyond `cols`
 //                                     become zero and are never read. Complete after commit(), wait<N>(), land(),
 //                                     sync().
+//       load(const PagedRows<T>&, int rows, int cols, bool aligned)   the same of rows in pages (tile/pages.cuh);
+//                                     modified kernels' keys and values alone
 //       land()                        second half of a load, for machines that load through registers: there
 //                                     (A::kLoadsThroughRegisters) the tile may be read until then, and the object
 //                                     carries the load
