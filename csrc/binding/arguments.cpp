@@ -258,6 +258,7 @@ void read_pages(const Arguments& arguments, ForwardParams& params) {
   params.block_table_stride = table.stride;
   params.pages = static_cast<int>(pages[0]);
   params.page_size = static_cast<int>(pages[1]);
+  params.page_inverse = inverse_of(params.page_size);
 }
 
 bool is_packed(const AttentionParams& params) { return params.cu_seqlens_q != nullptr; }

@@ -15,8 +15,16 @@ constexpr bool is_16_bit(DType dtype) { return dtype == DType::kFloat16 || dtype
 
 constexpr int kMaxHeadDim = 256;
 
+// For dividing by n without a division: x / n is the high word of x * inverse_of(n), or, up to x = 2^30, one more.
+constexpr uint32_t inverse_of(int n) { return 0xffffffffu / uint32_t(n); }
+
 // What an instance may do to scores before the softmax: nothing but scale them; softcap; softcap, ALiBi and dropout.
 enum class Modifiers : int8_t { kNone, kSoftcap, kAny };
+
+// Which pages of keys and values an instance reads where they lie: none; those of whole blocks of its keys, or that hold
+// a whole sequence; those of a multiple of eight keys, or that hold a whole sequence, of rows that allow 16-byte access;
+// any.
+enum class Pages : int8_t { kNone, kBlocks, kBoxes, kAny };
 
 // [batch, seq, heads, dim]; the dim stride is always 1.
 struct TensorRef {
@@ -95,6 +103,7 @@ struct ForwardParams : AttentionParams {
   const int32_t* block_table;
   int64_t block_table_stride;
   int pages, page_size;
+  uint32_t page_inverse;          // inverse_of(page_size)
 };
 
 struct BackwardParams : AttentionParams {

@@ -47,7 +47,7 @@ struct KernelInfo {
   void (*launch)(const void* params, int64_t blocks, int shared_bytes, void* stream);
   bool persistent;      // its thread blocks take one block of work after another
   bool takes_any_rows;  // of any alignment, by an arithmetic of its own; others leave such to modified kernels
-  bool reads_pages;     // keys and values by a block table, where rows allow 16-byte access
+  Pages pages;          // the host's modified kernels read any
   // Up to how many shares of their keys it folds itself for rows like these, without Combine; null where it never does.
   int (*most_shares)(const void* params);
 };

@@ -15,7 +15,7 @@ namespace FA_ISA {
 template <int LAYOUT>
 struct Block {
   static constexpr int kThreads = 1;
-  static constexpr bool kLoadsThroughRegisters = false;
+  static constexpr bool kLoadsThroughRegisters = false, kFindsRows = true;
   static constexpr Layout kLayout = LAYOUT == kColsInVectors ? kColsInVectors : kRowsInVectors;
   static constexpr bool kRowMajor = kLayout == kColsInVectors;
 

@@ -19,7 +19,7 @@ int64_t blocks_of(const void* params) {
 template <class K>
 constexpr KernelInfo kernel_info(KernelKey key) {
   return {key, K::kBlockM, K::kBlockN, K::kThreads, K::kSharedBytes, K::kStashBytes, 0, &blocks_of<K>, &run_on_host<K>,
-          nullptr, nullptr, false, false, false, nullptr};
+          nullptr, nullptr, false, false, Pages::kNone, nullptr};
 }
 
 }  // namespace flash_attn

@@ -39,10 +39,9 @@ class Tile {
     load_rows([=](int row) { return src + row * row_stride; }, rows, cols);
   }
   FA_INLINE void load(const PagedRows<Stored>& from, int rows, int cols, bool) {
-    // What the next rows' page has of them: a page lies together.
     const Stored* const next = rows > ROWS ? from.find(ROWS) : nullptr;
-    const int together = next == nullptr ? 0 : from.page_size - from.row_in_page(ROWS);
-    set_upcoming(next, from.row_stride, together < rows - ROWS ? together : rows - ROWS, cols);
+    const int together = next == nullptr ? 0 : from.rows_together(ROWS);
+    set_upcoming(next, from.row_stride(), together < rows - ROWS ? together : rows - ROWS, cols);
     load_rows([&](int row) { return from.find(row); }, rows, cols);
   }
   FA_INLINE void land() {}

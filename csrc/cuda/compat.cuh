@@ -247,6 +247,15 @@ FA_DEVICE float uniform(float x) {
   return x;
 }
 
+// *p, which is the same in all lanes and written by no one meanwhile: on AMD without a vector register.
+FA_DEVICE int read_uniform(const int32_t* p) {
+#if defined(__HIP_DEVICE_COMPILE__)
+  return *(const __attribute__((address_space(4))) int32_t*)p;
+#else
+  return *p;
+#endif
+}
+
 // The same value, unknown to the compiler: what is computed from it stays inside the loop it stands in, where a
 // register held across the loop would cost more than the additions.
 FA_DEVICE int unhoisted(int x) {

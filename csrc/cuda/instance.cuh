@@ -50,9 +50,9 @@ constexpr bool kTakesAnyRows<K, std::void_t<decltype(K::kTakesAnyRows)>> = K::kT
 
 // And may read keys and values by a block table.
 template <class K, class = void>
-constexpr bool kReadsPages = false;
+constexpr Pages kPages = Pages::kNone;
 template <class K>
-constexpr bool kReadsPages<K, std::void_t<decltype(K::kReadsPages)>> = K::kReadsPages;
+constexpr Pages kPages<K, std::void_t<decltype(K::kReadsPages)>> = K::kReadsPages;
 
 // And may fold up to K::most_shares(params) of a row's shares itself.
 template <class K, class = void>
@@ -76,7 +76,7 @@ KernelInfo kernel_info(const KernelKey& key) {
   info.stash_device_bytes = kStashDeviceBytes<K>;
   info.persistent = kPersistent<K>;
   info.takes_any_rows = kTakesAnyRows<K>;
-  info.reads_pages = kReadsPages<K>;
+  info.pages = kPages<K>;
   info.most_shares = ShareFolder<K>::kMost;
   info.blocks = blocks_of<K>;
   info.device = Launcher<K>::device();

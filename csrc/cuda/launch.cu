@@ -141,12 +141,31 @@ const KernelInfo& or_scored(const KernelInfo& kernel, const AttentionParams& p, 
   return own != nullptr && (p.aligned || own->takes_any_rows) ? *own : kernel;
 }
 
+// Whether it is a template of csrc/cuda/kernels: of those modified kernels have the bits of plain ones.
+bool is_shared(const KernelInfo& kernel) { return kernel.launch == nullptr; }
+
+bool reads_pages(const KernelInfo& kernel, const ForwardParams& p) {
+  const bool whole = p.seqlen_k <= p.page_size;
+  switch (kernel.pages) {
+    case Pages::kNone:
+      return false;
+    case Pages::kBlocks:
+      return whole || p.page_size % kernel.block_n == 0;
+    case Pages::kBoxes:
+      return p.aligned && (whole || p.page_size % 8 == 0);
+    case Pages::kAny:
+      return true;
+  }
+  return false;
+}
+
 const KernelInfo& forward_kernel(const ForwardParams& p, const Queue& queue) {
   const auto find_forward = [&](bool modified) -> const KernelInfo& {
     return find(queue, KernelKind::kForward, p.dtype, p.head_dim, modified, in_performance_mode(p, queue));
   };
   const bool modified = p.s_dmask != nullptr || is_modified(p, find_forward);
   const KernelInfo &any = find_forward(modified), &kernel = p.s_dmask == nullptr ? or_scored(any, p, queue) : any;
+  if (p.block_table != nullptr && is_shared(kernel) && !reads_pages(kernel, p)) return find_forward(true);
   // Then for calls of one chunk, too, whose rows have the bits that they have among more keys; not for the heuristic's.
   if (p.split_size > 0 && p.deterministic && kernel.stash_bytes == KernelInfo::kNoStash) return find_forward(true);
   if (!may_fold(p) || stash_fits(kernel, queue)) return kernel;
@@ -363,10 +382,7 @@ void forward(ForwardParams p, void* workspace, const Queue& queue) {
   if (usual.takes_any_rows) launch_one(usual);
 }
 
-bool reads_pages(const ForwardParams& p, const Queue& queue) {
-  const bool boxes_fit = p.page_size % 8 == 0 || p.seqlen_k <= p.page_size;  // shared memory is swizzled by eight rows
-  return p.aligned && boxes_fit && forward_kernel(p, queue).reads_pages;
-}
+bool reads_pages(const ForwardParams& p, const Queue& queue) { return reads_pages(forward_kernel(p, queue), p); }
 
 // ---- backward ------------------------------------------------------------------------------------------------------
 

@@ -81,6 +81,7 @@ class ForwardParams(AttentionParams):
         ("rows_are_heads", ctypes.c_bool),
         *_fields(ctypes.c_int64, "tiles_taken block_table block_table_stride"),
         *_fields(ctypes.c_int32, "pages page_size"),
+        ("page_inverse", ctypes.c_uint32),
     ]
 
 
@@ -152,6 +153,7 @@ class Problem:
     max_seqlen_q: int = 0
     max_seqlen_k: int = 0
     seqused_k: Tensor | None = None
+    block_table: Tensor | None = None  # of k and v, which are then [pages, page_size, heads, dim]
     split_size: int = 0
     num_splits: int = 1
     want_dmask: bool = False
@@ -172,7 +174,8 @@ class Problem:
 
     @property
     def seqlen_k(self) -> int:
-        return self.max_seqlen_k if self.is_packed else self.k.shape[1]
+        pages = 1 if self.block_table is None else self.block_table.shape[1]
+        return self.max_seqlen_k if self.is_packed else self.k.shape[1] * pages
 
     @property
     def is_modified(self) -> bool:
@@ -282,6 +285,10 @@ class Emulator:
         p = ForwardParams()
         problem.fill(p, out, lse)
         p.split_size, p.num_splits = problem.split_size, problem.num_splits
+        if problem.block_table is not None:
+            p.block_table, p.block_table_stride = problem.pointer(problem.block_table), problem.block_table.stride(0)
+            p.pages, p.page_size = problem.k.shape[:2]
+            p.page_inverse = 0xFFFFFFFF // p.page_size
         dmask = None
         if problem.want_dmask:
             dmask = torch.zeros(problem.batch, p.heads_q, p.seqlen_q, p.seqlen_k, dtype=dtype)

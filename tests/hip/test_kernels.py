@@ -137,6 +137,28 @@ def test_infinite_keys_stay_in_their_rows(emulator, dtype):
 
 
 @FLOATS
+@pytest.mark.parametrize("page_size", [64, 192, 300])
+@pytest.mark.parametrize(("dim", "arguments"), [(128, {}), (40, {"causal": True}), (64, {"softcap": 2.0})])
+def test_pages(emulator, dtype, dim, arguments, page_size):
+    """The bits of a contiguous cache: what is in use lies among NaN, and the table ends in anything."""
+    lengths = [300, 0, 70]
+    pages = -(-max(lengths) // page_size)
+    q, *rows = random_qkv("cpu", dtype, batch=3, seqlen_q=5, seqlen_k=pages * page_size, heads_q=4, heads_kv=2, dim=dim)
+    places = torch.randperm(4 * pages)[: 3 * pages].view(3, pages).int()
+    used = torch.tensor(lengths, dtype=torch.int32)
+    pools = [torch.full((4 * pages, page_size, 2, dim), torch.nan, dtype=dtype) for _ in rows]
+    for b, length in enumerate(lengths):
+        for cache, pool in zip(rows, pools, strict=True):
+            cache[b, length:] = torch.nan
+            pool[places[b].long()] = cache[b].view(pages, page_size, 2, dim)
+        places[b, -(-length // page_size) :] = [10**6, -1, -(10**9)][b]
+    expected = emulator.forward(Problem(q, *rows, seqused_k=used, **arguments))
+    found = emulator.forward(Problem(q, *pools, seqused_k=used, block_table=places, **arguments))
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    assert not found[0].isnan().any()
+
+
+@FLOATS
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(("dim", "pairs"), [(64, 32), (64, 20), (33, 16)])
 def test_append(emulator, dtype, dim, pairs, interleaved):

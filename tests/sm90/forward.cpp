@@ -136,6 +136,7 @@ bool check(const Task& task, int dim, Scoring scoring, unsigned seed) {
     p.block_table_stride = longest_k / task.page_size;
     p.pages = int(table.size());
     p.page_size = task.page_size;
+    p.page_inverse = inverse_of(p.page_size);
   }
   Kernel::run(p);
   const bool is_partial = task.partial && !Kernel::in_cluster(p);

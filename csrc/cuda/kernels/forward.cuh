@@ -22,12 +22,14 @@ struct Forward {
   using T = typename P::Element;
   using Scalar = AccumOf<T>;
   static constexpr int kD = P::kHeadDim;
-  static constexpr bool kModified = P::kModified, kReadsPages = kModified;
+  static constexpr bool kModified = P::kModified;
   static constexpr Modifiers kModifiers = kModified ? Modifiers::kAny : Modifiers::kNone;
 
   using Tuning = typename Arch::template Tuning<Kernel::kForward, T, kD, kModified>;
   static constexpr int kM = Tuning::kBlockM, kN = Tuning::kBlockN, kWarps = Tuning::kWarps;
   using A = typename Arch::template Block<kWarps>;
+  // Finding every row takes plain kernels' time.
+  static constexpr Pages kReadsPages = !A::kFindsRows ? Pages::kBlocks : kModified ? Pages::kAny : Pages::kNone;
 
   using QTile = typename A::template Tile<T, kM, kD, kMK | kStaging>;
   using KTile = typename A::template Tile<T, kN, kD, kNK>;
@@ -103,24 +105,22 @@ struct Forward {
   }
   FA_DEVICE void load_keys(int key) { load(k_tile, &Params::k, k, key); }
   FA_DEVICE void load_values(int key) { load(v_tile, &Params::v, v, key); }
-  // A block of keys or values, those of a sequence and head beginning at `first`, or in pages.
+  // A block of keys or values: in pages, or of a sequence and head whose rows begin at `first`.
   template <class Tile>
   FA_DEVICE void load(Tile& tile, TensorRef Params::*which, const T* first, int key) {
     const Params& p = reread(this->p);
     const TensorRef& rows = p.*which;
-    if constexpr (kReadsPages) {
+    const T* block = first + key * rows.row_stride;
+    int count = seq.len_k - key;
+    if constexpr (kReadsPages != Pages::kNone) {
       if (p.block_table != nullptr) {
-        const PagedRows<T> in_pages{static_cast<const T*>(rows.data) + kv_head() * rows.head_stride,
-                                    rows.batch_stride,
-                                    rows.row_stride,
-                                    p.block_table + work.batch * p.block_table_stride,
-                                    p.pages,
-                                    p.page_size,
-                                    key};
-        return tile.load(in_pages, seq.len_k - key, p.head_dim, aligned());
+        const PagedRows<T> in_pages(p, rows, work.batch, kv_head(), key);
+        if constexpr (kReadsPages == Pages::kAny) return tile.load(in_pages, count, p.head_dim, aligned());
+        block = in_pages.find_block();
+        if (block == nullptr) count = 0;
       }
     }
-    tile.load(first + key * rows.row_stride, rows.row_stride, seq.len_k - key, p.head_dim, aligned());
+    tile.load(block, rows.row_stride, count, p.head_dim, aligned());
   }
 
   // scores = Q K^T for the keys in k_tile, modified, for what that returns, and masked.

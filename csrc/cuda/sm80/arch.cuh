@@ -15,7 +15,7 @@ struct Sm80 {
   template <int WARPS>
   struct Block {
     static constexpr int kThreads = WARPS * 32;
-    static constexpr bool kLoadsThroughRegisters = false;
+    static constexpr bool kLoadsThroughRegisters = false, kFindsRows = true;
 
     template <class T, int ROWS, int COLS, unsigned USES>
     using Tile = sm80::Tile<T, ROWS, COLS, kThreads>;  // ldmatrix serves every use from one layout

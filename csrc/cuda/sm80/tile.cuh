@@ -44,7 +44,7 @@ class Tile {
       const int row = row0 + pass * kRowsOfPass;
       if (ROWS % kRowsOfPass != 0 && row >= ROWS) break;
       const T* const found = row < rows ? from.find(row) : nullptr;
-      const T* const src = (found == nullptr ? from.data : found) + chunk0 * kPerChunk;
+      const T* const src = (found == nullptr ? from.any() : found) + chunk0 * kPerChunk;
       FA_UNROLL
       for (int group = 0; group < kChunks; group += kLanes) {
         const bool inside = found != nullptr && (chunk0 + group) * kPerChunk < cols;

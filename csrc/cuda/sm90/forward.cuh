@@ -40,7 +40,7 @@ struct Forward {
   static constexpr int kThreads = (kGroups + 1) * 128;
 
   static constexpr bool kQueriesInRegisters = Tuning::kQueriesInRegisters;  // as a factor; else in shared memory
-  static constexpr bool kReadsPages = true;
+  static constexpr Pages kReadsPages = Pages::kBoxes;
   static constexpr bool kScored = MODIFIERS == Modifiers::kAny, kSoftcap = MODIFIERS == Modifiers::kSoftcap;
   static constexpr bool kUsual = LAYOUT == Layout::kUsual, kPages = LAYOUT == Layout::kPages;
   static constexpr bool kShares = LAYOUT == Layout::kShares;  // a cluster has a tile, its thread blocks a share each

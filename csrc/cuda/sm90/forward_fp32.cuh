@@ -31,7 +31,7 @@ struct Fp32Forward {
   static constexpr int kThreads = (kWarps + kLoaders) * 32;
   static constexpr int kLoaderRegisters = D == 192 ? 64 : 56, kConsumerRegisters = 256 - kLoaderRegisters;
   static constexpr bool kTakesAnyRows = true;  // of any alignment
-  static constexpr bool kReadsPages = true;
+  static constexpr Pages kReadsPages = Pages::kBoxes;
 
   using Work = ForwardWork<kM>;
   using Tile = ForwardTile<kM, kN>;

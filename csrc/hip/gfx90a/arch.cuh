@@ -101,6 +101,7 @@ struct Gfx90a::Block {
   static constexpr int kThreads = WARPS * gfx90a::kLanes;
   // A load may be started while the tile is still being read: it arrives in registers and reaches the tile in land().
   static constexpr bool kLoadsThroughRegisters = true;
+  static constexpr bool kFindsRows = false;  // the registers that hold where they lie are not there
 
   template <class T, int ROWS, int COLS, unsigned USES>
   using Tile = typename gfx90a::TileFor<T, WARPS, ROWS, COLS, USES>::Type;
