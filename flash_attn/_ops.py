@@ -183,43 +183,55 @@ def forward(
     _refuse_tangents(inputs)
     wants_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     if block_table is not None:
-        found = None if wants_gradient else _forward_pages(q, k, v, block_table, tensors, options)
-        if found is not None:
-            return *found, q.new_empty(0)
-        k, v = (gather_pages(cache, block_table, options.max_seqlen_k) for cache in (k, v))
-        if tensors.cu_seqlens_k is not None:
-            k, v = k.flatten(0, 1), v.flatten(0, 1)
-            if tensors.seqused_k is None:
-                starts = cumulative(tensors.cu_seqlens_k.shape[0] - 1, options.max_seqlen_k, q.device)
-                tensors = tensors._replace(cu_seqlens_k=starts, seqused_k=tensors.cu_seqlens_k.diff())
+        if not wants_gradient:
+            # Traced as one operator: whether there is a kernel for these pages is known when it runs.
+            attend = torch.ops.flash_attn.attend_pages.default if torch.compiler.is_compiling() else _attend_pages
+            return attend(q, k, v, block_table, *tensors, *options)
+        k, v, tensors = _gather(k, v, block_table, tensors, options)
     q, k, v = innermost_contiguous(q), innermost_contiguous(k), innermost_contiguous(v)
     run = _Attention.apply if wants_gradient else _below_autograd
     return run(q, k, v, *tensors, *options)
 
 
-def _forward_pages(
-    q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, tensors: Tensors, options: Options
-) -> tuple[Tensor, Tensor] | None:
-    """(out, softmax_lse) of pages read where they lie, or None where they must be gathered."""
-    strided = k.stride(-1) != 1 or v.stride(-1) != 1
-    if strided or options.dropout_p > 0.0 or torch.compiler.is_compiling():
-        return None
-    out, softmax_lse = torch.ops.flash_attn.forward_pages.default(
-        innermost_contiguous(q),
-        k,
-        v,
-        innermost_contiguous(block_table),
-        tensors.cu_seqlens_q,
-        tensors.cu_seqlens_k,
-        tensors.seqused_k,
-        tensors.alibi_slopes,
-        tensors.sink,
-        *options.of_scores,
-        options.split_size,
-        options.performance_mode,
-        options.deterministic,
-    )
-    return (out, softmax_lse) if out.numel() else None
+def _attend_pages(
+    q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """forward() of pages, without a gradient; `rest` as the forward operator takes it."""
+    tensors, options = Tensors(*rest[: len(Tensors._fields)]), Options(*rest[len(Tensors._fields) :])
+    q = innermost_contiguous(q)
+    if k.stride(-1) == v.stride(-1) == 1 and options.dropout_p == 0.0:
+        out, softmax_lse = torch.ops.flash_attn.forward_pages.default(
+            q,
+            k,
+            v,
+            innermost_contiguous(block_table),
+            tensors.cu_seqlens_q,
+            tensors.cu_seqlens_k,
+            tensors.seqused_k,
+            tensors.alibi_slopes,
+            tensors.sink,
+            *options.of_scores,
+            options.split_size,
+            options.performance_mode,
+            options.deterministic,
+        )
+        if out.numel():
+            return out, softmax_lse, q.new_empty(0)
+    k, v, tensors = _gather(k, v, block_table, tensors, options)
+    return _below_autograd(q, innermost_contiguous(k), innermost_contiguous(v), *tensors, *options)
+
+
+def _gather(
+    k: Tensor, v: Tensor, block_table: Tensor, tensors: Tensors, options: Options
+) -> tuple[Tensor, Tensor, Tensors]:
+    """Copies of the keys and values in pages, padded or packed as the queries are, and where they are then."""
+    k, v = (gather_pages(cache, block_table, options.max_seqlen_k) for cache in (k, v))
+    if tensors.cu_seqlens_k is not None:
+        k, v = k.flatten(0, 1), v.flatten(0, 1)
+        if tensors.seqused_k is None:
+            starts = cumulative(tensors.cu_seqlens_k.shape[0] - 1, options.max_seqlen_k, k.device)
+            tensors = tensors._replace(cu_seqlens_k=starts, seqused_k=tensors.cu_seqlens_k.diff())
+    return k, v, tensors
 
 
 def append(
@@ -343,9 +355,25 @@ def _fake_backward(
     return softmax_lse.new_empty(softmax_lse.shape)
 
 
+def _fake_attend_pages(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return _fake_forward(q, k, v, *rest)
+
+
 def _fake_append(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     cache_seqlens, rotary_cos = rest[4], rest[6]
     return q.new_empty(0 if rotary_cos is None else q.shape), cache_seqlens.new_empty(cache_seqlens.shape)
+
+
+_PYTHON_OPERATORS = torch.library.Library("flash_attn", "FRAGMENT")
+
+
+def _define_attend_pages() -> None:
+    """flash_attn::attend_pages, for torch.compile: the forward operator's arguments, block_table behind v."""
+    schema = str(torch.ops.flash_attn.forward.default._schema).removeprefix("flash_attn::forward")
+    schema = schema.replace("Tensor v,", "Tensor v, Tensor block_table,", 1)
+    _PYTHON_OPERATORS.define(f"attend_pages{schema}")
+    _PYTHON_OPERATORS.impl("attend_pages", _attend_pages, "CompositeExplicitAutograd")
+    torch.library.register_fake("flash_attn::attend_pages", _fake_attend_pages)
 
 
 def register() -> None:
@@ -354,6 +382,7 @@ def register() -> None:
     torch.library.register_fake("flash_attn::backward", _fake_backward)
     torch.library.register_fake("flash_attn::forward_pages", lambda q, *_: (q.new_empty(0), q.new_empty(0)))
     torch.library.register_fake("flash_attn::append", _fake_append)
+    _define_attend_pages()
     torch.library.register_autograd("flash_attn::forward", _backward, setup_context=_setup_context)
 
 

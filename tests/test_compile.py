@@ -93,12 +93,15 @@ def test_mode_is_guarded(device):
             assert torch.equal(fast(q, k, v), flash_attn_func(q, k, v))
 
 
+@pytest.mark.parametrize("in_pages", [False, True])
 @pytest.mark.parametrize("rotates", [False, True])
-def test_decoding_step(device, rotates):
+def test_decoding_step(device, rotates, in_pages):
     tables = [torch.rand(40, 8, device=device) for _ in "cs"] if rotates else [None, None]
+    places = torch.tensor([[0], [1]], dtype=torch.int32, device=device) if in_pages else None
 
     def step(q, k_cache, v_cache, k, v, used):
-        return flash_attn_with_kvcache(q, k_cache, v_cache, k, v, *tables, cache_seqlens=used, causal=True)
+        settings = {"cache_seqlens": used, "block_table": places, "causal": True}
+        return flash_attn_with_kvcache(q, k_cache, v_cache, k, v, *tables, **settings)
 
     fast = compiled(step)
     results = []
@@ -154,6 +157,14 @@ def test_opcheck_backward(device, packed):
     scalars = (9, options.max_seqlen_k, 0.2, -1, 0, 0.0, 0.0, True, False)
     arguments = (dout, dlse, q, k, v, out, lse, *found, *tensors, *scalars)
     torch.library.opcheck(torch.ops.flash_attn.backward.default, arguments)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_opcheck_attend_pages(device, packed):
+    (q, _, _), tensors, options = operator_arguments(device, packed, grad=False)
+    pages = (torch.randn(12, 3, 2 if not packed else q.shape[-2], q.shape[-1], device=device) for _ in "kv")
+    table = torch.randperm(8, device=device).view(2, 4).int()
+    torch.library.opcheck(torch.ops.flash_attn.attend_pages.default, (q, *pages, table, *tensors, *options))
 
 
 @pytest.mark.parametrize("rotates", [False, True])

@@ -134,10 +134,10 @@ def test_pages_have_the_bits_of_a_contiguous_cache(device, page_size, dim):
             assert torch.equal(found, expected) and torch.equal(found_lse, lse)
 
 
-def test_hopper_reads_pages_where_they_lie(device):
+def test_pages_are_read_where_they_lie(device):
     """No copy: what a decoding step allocates is small beside the cache."""
-    if device != "cuda" or torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("only Hopper's own loops do")
+    if device != "cuda":
+        pytest.skip("the CPU's allocations are not counted")
     cache = torch.randn(2, 64, 1024, 4, 128, device=device, dtype=torch.bfloat16)
     q = torch.randn(8, 1, 16, 128, device=device, dtype=torch.bfloat16)
     used = torch.full((8,), 1000, dtype=torch.int32, device=device)
