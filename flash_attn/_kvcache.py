@@ -44,8 +44,9 @@ def flash_attn_with_kvcache(
         cache_seqlens: keys in the cache before the call, one int or int32 [batch]; None: the cache is full.
         cache_batch_idx: int32 [batch], the cache row of each sequence.
         cache_leftpad: int32 [batch], keys at the start of each cache row to skip (gathers a copy).
-        block_table: int32 [batch, pages], the pages of each sequence. Hopper reads them where they lie if a page has a
-            multiple of 8 keys, as it does the rows of cache_batch_idx (docs/hopper.md); else they are gathered.
+        block_table: int32 [batch, pages], the pages of each sequence. They are read where they lie, as the rows of
+            cache_batch_idx are, if a page has a multiple of 8 keys (Hopper), of the key block (AMD) or any number
+            (elsewhere); else they are gathered into a copy.
         softmax_scale, causal, window_size, softcap, alibi_slopes: as in `flash_attn_func`; seqlen_k is the number of
             keys after appending, less the left padding.
         num_splits: kept for callers' sake; the planner decides, and results never depend on it.

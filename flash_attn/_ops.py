@@ -193,9 +193,7 @@ def forward(
     return run(q, k, v, *tensors, *options)
 
 
-def _attend_pages(
-    q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _attend_pages(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     """forward() of pages, without a gradient; `rest` as the forward operator takes it."""
     tensors, options = Tensors(*rest[: len(Tensors._fields)]), Options(*rest[len(Tensors._fields) :])
     q = innermost_contiguous(q)

@@ -21,10 +21,14 @@ constexpr uint32_t inverse_of(int n) { return 0xffffffffu / uint32_t(n); }
 // What an instance may do to scores before the softmax: nothing but scale them; softcap; softcap, ALiBi and dropout.
 enum class Modifiers : int8_t { kNone, kSoftcap, kAny };
 
-// Which pages of keys and values an instance reads where they lie: none; those of whole blocks of its keys, or that hold
-// a whole sequence; those of a multiple of eight keys, or that hold a whole sequence, of rows that allow 16-byte access;
-// any.
-enum class Pages : int8_t { kNone, kBlocks, kBoxes, kAny };
+// Which pages of keys and values an instance reads where they lie; of one that holds a whole sequence the size does not
+// matter.
+enum class Pages : int8_t {
+  kNone,
+  kBlocks,  // of whole blocks of its keys
+  kBoxes,   // of a multiple of eight keys, whose rows allow 16-byte access
+  kAny,
+};
 
 // [batch, seq, heads, dim]; the dim stride is always 1.
 struct TensorRef {

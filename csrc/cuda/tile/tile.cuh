@@ -12,8 +12,9 @@
 //                                     starts filling from device memory; rows beyond `rows` and columns beyond `cols`
 //                                     become zero and are never read. Complete after commit(), wait<N>(), land(),
 //                                     sync().
-//       load(const PagedRows<T>&, int rows, int cols, bool aligned)   the same of rows in pages (tile/pages.cuh);
-//                                     modified kernels' keys and values alone
+//       load(const PagedRows<T>&, int rows, int cols, bool aligned)
+//                                     the same of rows in pages (tile/pages.cuh), where A::kFindsRows; else a tile is
+//                                     loaded from one page alone
 //       land()                        second half of a load, for machines that load through registers: there
 //                                     (A::kLoadsThroughRegisters) the tile may be read until then, and the object
 //                                     carries the load

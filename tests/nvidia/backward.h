@@ -1,21 +1,13 @@
-// Hopper's backward on the host against the definition: `backward KIND DIM SEED`. Includes kernels from a copy of csrc in
-// which the files of overlay/ have replaced those that are PTX. One line a problem; exits with 1 where one differs.
+// A backward's problems and their definition, for the programs that run its kernels.
+#pragma once
+
 #include <climits>
 
 #include "host.h"
 
 #include "matrix.h"
 
-#include "cuda/kernels/finish_dq.cuh"
-#include "cuda/sm90/backward.cuh"
-#include "cuda/sm90/backward_fp32.cuh"
-#include "cuda/sm90/backward_wide.cuh"
-
-// As sm90/arch.cuh has it.
-struct Loops : Sm80 {
-  template <Kernel KERNEL, class T, int D, bool MODIFIED>
-  using Tuning = sm90::Tuning<KERNEL, T, D, MODIFIED>;
-};
+#include "cuda/attention/schedule.cuh"
 
 struct Task {
   std::vector<int> lengths_q, lengths_k, used_k;  // used_k: empty for all
@@ -23,10 +15,11 @@ struct Task {
   int heads_q, heads_kv, window_left = -1;
 };
 
-template <class K, int D>
+// Loops: T, kM and kN of a block, kFinishesDq, and run(p): kernels that do not finish dq want its sums zero.
+template <class Loops, int D>
 bool check(const Task& task, int dim, Scoring scoring, unsigned seed) {
-  using T = typename K::T;
-  constexpr bool kFp32 = std::is_same_v<T, float>;  // its kernel leaves dQ to FinishDq
+  using T = typename Loops::T;
+  constexpr bool kFp32 = std::is_same_v<T, float>;
   std::mt19937 random(seed);
   const bool packed = task.packed;
   const int batch = int(task.lengths_q.size()), group = task.heads_q / task.heads_kv;
@@ -114,13 +107,13 @@ bool check(const Task& task, int dim, Scoring scoring, unsigned seed) {
   p.dtype = kFp32 ? DType::kFloat32 : std::is_same_v<T, Half> ? DType::kFloat16 : DType::kBFloat16;
   p.aligned = dim % 8 == 0;
   p.deterministic = task.deterministic;
-  const bool alike = !kFp32 && !packed && task.used_k.empty();
-  p.dq_lag = alike ? ceil_div(longest_k, K::kN) : -1;
+  const bool alike = Loops::kFinishesDq && !packed && task.used_k.empty();
+  p.dq_lag = alike ? ceil_div(longest_k, Loops::kN) : -1;
   p.dq_heads = std::min(batch * task.heads_kv, alike ? 2 : INT_MAX);
-  const int64_t head_blocks = query_blocks(p, K::kM);
-  const size_t sums = alike ? size_t(p.dq_heads) * group * ceil_div(longest_q, K::kM)
+  const int64_t head_blocks = query_blocks(p, Loops::kM);
+  const size_t sums = alike ? size_t(p.dq_heads) * group * ceil_div(longest_q, Loops::kM)
                             : size_t(task.heads_q) * head_blocks;
-  std::vector<float> dq_accum(sums * K::kM * D, kFp32 ? 0.0f : NAN);
+  std::vector<float> dq_accum(sums * Loops::kM * D, Loops::kFinishesDq ? NAN : 0.0f);
   std::vector<int32_t> dq_turn(size_t(task.heads_q) * head_blocks);
   std::vector<int32_t> dq_progress(size_t(2) * batch * task.heads_kv);
   uint32_t blocks_taken = 0;
@@ -129,29 +122,7 @@ bool check(const Task& task, int dim, Scoring scoring, unsigned seed) {
   p.dq_progress = dq_progress.data();
   p.blocks_taken = &blocks_taken;
 
-  const typename K::Launched launched(p);
-  const unsigned blocks = unsigned(kFp32 ? K::blocks(p) : std::min<int64_t>(K::blocks(p), 3));
-  const auto run = [&](auto* kernel) {
-    using Kernel = std::remove_pointer_t<decltype(kernel)>;
-    host::launch(blocks, K::kThreads, K::kSharedBytes, [&] { Kernel(launched, host::self->block->shared).run(); });
-  };
-  if constexpr (kFp32) {
-    run(static_cast<K*>(nullptr));
-    using Finish = FinishDq<Loops, Problem<float, D, false>>;
-    host::launch(unsigned(Finish::blocks(p)), Finish::kThreads, Finish::kSharedBytes,
-                 [&] { Finish::run(p, blockIdx.x, host::self->block->shared); });
-  } else {
-    if (K::is_ragged(p)) {
-      run(static_cast<typename K::Ragged*>(nullptr));
-    } else {
-      run(static_cast<K*>(nullptr));
-    }
-    using Finish = typename K::Sums::Kernel;
-    if (p.dq_lag < 0) {
-      host::launch(unsigned(Finish::blocks(p)), Finish::kThreads, Finish::kSharedBytes,
-                   [&] { Finish(p, host::self->block->shared).run(); });
-    }
-  }
+  Loops::run(p);
 
   Difference of_dq, of_dk, of_dv;
   for (size_t i = 0; i < dk.values.size(); ++i) {
@@ -177,54 +148,3 @@ const Task kTasks[] = {
     {{100, 64}, {128, 150}, {77, 130}, true, false, false, 1, 1},
     {{40, 100}, {128, 128}, {0, 101}, false, true, true, 2, 1},
 };
-
-// Behind more sequences than a warp has lanes: a ragged batch, where one of them has more than 512 keys.
-std::vector<int> late(std::vector<int> lengths) {
-  lengths.insert(lengths.begin(), 40, 0);
-  return lengths;
-}
-
-const Task kRagged = {late({70, 3, 131}), late({520, 64, 70}), {}, true, true, false, 2, 1};
-
-// Plain; then scored, at an odd head dim.
-template <template <class, int, Modifiers> class K, int D>
-bool check_all(unsigned seed) {
-  bool good = true;
-  const auto check_both = [&](const Task& task) {
-    good = check<K<BFloat16, D, Modifiers::kNone>, D>(task, D, {}, seed) && good;
-    good = check<K<Half, D, Modifiers::kAny>, D>(task, D - 8, kScored, seed) && good;
-  };
-  for (const Task& task : kTasks) check_both(task);
-  check_both(kRagged);
-  return good;
-}
-// By the copy engine; then scored, of rows that do not allow 16-byte access.
-template <int D>
-bool check_fp32(unsigned seed) {
-  bool good = true;
-  for (const Task& task : kTasks) {
-    good = check<sm90::Fp32Backward<D, Modifiers::kNone>, D>(task, D, {}, seed) && good;
-    good = check<sm90::Fp32Backward<D, Modifiers::kAny>, D>(task, D - 5, kScored, seed) && good;
-  }
-  return good;
-}
-
-int main(int, char** arguments) {
-  const bool fp32 = std::strcmp(arguments[1], "fp32") == 0;
-  const int dim = atoi(arguments[2]);
-  const unsigned seed = unsigned(atoi(arguments[3]));
-  host::random.seed(seed);
-  switch (dim) {
-    case 64:
-      return !(fp32 ? check_fp32<64>(seed) : check_all<sm90::Backward, 64>(seed));
-    case 96:
-      return !(fp32 ? check_fp32<96>(seed) : check_all<sm90::Backward, 96>(seed));
-    case 128:
-      return !(fp32 ? check_fp32<128>(seed) : check_all<sm90::Backward, 128>(seed));
-    case 192:
-      return !(fp32 ? check_fp32<192>(seed) : check_all<sm90::WideBackward, 192>(seed));
-    case 256:
-      return !(fp32 ? check_fp32<256>(seed) : check_all<sm90::WideBackward, 256>(seed));
-  }
-  return 2;
-}

@@ -4,6 +4,7 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -52,6 +53,12 @@ struct ThreadBlock {
   int threads_of_cluster;
 };
 
+// A copy that a thread makes itself, of its group of that number.
+struct OwnCopy {
+  int group;
+  std::function<void()> run;
+};
+
 struct Thread {
   Index number;
   ThreadBlock* block;
@@ -61,6 +68,8 @@ struct Thread {
   std::unique_ptr<char[]> stack;
   unsigned held_of_cluster = 0;  // when it arrived there
   int stores = 0;                // that it has asked the copy engine for, and are to be done
+  std::vector<OwnCopy> own_copies;  // that are to be done
+  int copy_groups = 0;              // closed
   const char* waits_for = "";
 };
 
@@ -186,8 +195,8 @@ inline void wait_for_cluster() {
 
 inline void start() {
   body(argument);
-  if (self->stores > 0) {
-    printf("a thread ends before its stores\n");
+  if (self->stores > 0 || !self->own_copies.empty()) {
+    printf("a thread ends before its stores or copies\n");
     _Exit(1);
   }
   running.erase(running.begin() + at);
