@@ -13,10 +13,15 @@ struct Loops {
   static constexpr int kM = K::kM, kN = K::kN;
   static constexpr bool kFinishesDq = false;
 
+  // A few thread blocks at a time: one waits for none behind it.
   template <class Kernel>
   static void launch(const BackwardParams& p) {
-    host::launch(unsigned(Kernel::blocks(p)), Kernel::kThreads, Kernel::kSharedBytes,
-                 [&] { Kernel::run(p, blockIdx.x, host::self->block->shared); });
+    constexpr unsigned kAtOnce = 4;
+    const unsigned blocks = unsigned(Kernel::blocks(p));
+    for (unsigned first = 0; first < blocks; first += kAtOnce) {
+      host::launch(std::min(kAtOnce, blocks - first), Kernel::kThreads, Kernel::kSharedBytes,
+                   [&] { Kernel::run(p, first + blockIdx.x, host::self->block->shared); });
+    }
   }
   static void run(BackwardParams p) {
     if (!p.deterministic) p.dq_turn = nullptr;
