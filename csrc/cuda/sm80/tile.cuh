@@ -39,7 +39,7 @@ class Tile {
     if (!aligned) return load_elements(rows, cols, [&](int row) { return from.find(row); });
     const int row0 = int(threadIdx.x / kLanes), chunk0 = int(threadIdx.x % kLanes);
     const uint32_t dst = offset(row0, chunk0);
-    FA_UNROLL
+#pragma unroll 1  // pointers to all rows at a time are registers too many
     for (int pass = 0; pass < kPasses; ++pass) {
       const int row = row0 + pass * kRowsOfPass;
       if (ROWS % kRowsOfPass != 0 && row >= ROWS) break;
