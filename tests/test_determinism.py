@@ -213,6 +213,22 @@ def test_few_rows_equal_many(device, dtype, rows, batch, heads_q, heads_kv, chun
     )
 
 
+@pytest.mark.parametrize("rows", [1, 70])
+def test_threads_do_not_matter(rows):
+    """On the CPU they share the keys of few queries, in chunks of 2048 where no split_size is given."""
+    q, k, v = random_qkv("cpu", torch.float32, 1, rows, 5000, heads_q=2, heads_kv=1)
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count, split in ((1, None), (5, None), (1, 2048), (5, 2048)):
+            torch.set_num_threads(count)
+            with deterministic_mode(True, split):
+                found.append(flash_attn_func(q, k, v, causal=True, return_attn_probs=True)[:2])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(same(outputs, found[0]) for outputs in found)
+
+
 def test_split_size_is_part_of_the_definition(device):
     """Not a hint: sums are associated differently, so some bits differ between split sizes, within rounding."""
     split = split_for(device, torch.float32)

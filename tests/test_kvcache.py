@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import random_qkv
 
-from flash_attn import flash_attn_func, flash_attn_with_kvcache
+from flash_attn import _ops, flash_attn_func, flash_attn_with_kvcache
 from flash_attn.flash_attn_interface import flash_attn_gpu
 from flash_attn.layers.rotary import apply_rotary_emb
 
@@ -134,22 +134,23 @@ def test_pages_have_the_bits_of_a_contiguous_cache(device, page_size, dim):
             assert torch.equal(found, expected) and torch.equal(found_lse, lse)
 
 
-def test_pages_are_read_where_they_lie(device):
+def test_pages_are_read_where_they_lie(device, monkeypatch):
     """No copy: what a decoding step allocates is small beside the cache."""
-    if device != "cuda":
-        pytest.skip("the CPU's allocations are not counted")
-    cache = torch.randn(2, 64, 1024, 4, 128, device=device, dtype=torch.bfloat16)
+    monkeypatch.setattr(_ops, "gather_pages", lambda *_: pytest.fail("gathered"))
+    cache = torch.randn(2, 64, 256, 4, 128, device=device, dtype=torch.bfloat16)
     q = torch.randn(8, 1, 16, 128, device=device, dtype=torch.bfloat16)
-    used = torch.full((8,), 1000, dtype=torch.int32, device=device)
-    table = torch.randperm(8 * 64, device=device, dtype=torch.int32).view(8, 64)
+    used = torch.full((8,), 250, dtype=torch.int32, device=device)
+    table = torch.randperm(8 * 4, device=device, dtype=torch.int32).view(8, 4)
     rows = torch.tensor([5, 1, 63, 0, 7, 40, 41, 2], dtype=torch.int32, device=device)
-    pages = cache.view(2, 64 * 64, 16, 4, 128)
+    pages = cache.view(2, 64 * 4, 64, 4, 128)
     for caches, where in ((pages, {"block_table": table}), (cache, {"cache_batch_idx": rows})):
         flash_attn_with_kvcache(q, *caches, cache_seqlens=used, **where)
+        if device != "cuda":
+            continue
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         flash_attn_with_kvcache(q, *caches, cache_seqlens=used, **where)
-        assert torch.cuda.max_memory_allocated() - before < 2**22  # gathered, 16 MiB
+        assert torch.cuda.max_memory_allocated() - before < 2**20  # gathered, 4 MiB
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

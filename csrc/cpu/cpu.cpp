@@ -109,8 +109,11 @@ struct PartialBytes {
   size_t all() const { return out + 2 * row; }
 };
 
-// Keys are split over blocks only where split_size fixes how: whether they are then changes no bit, and without it an
-// output would depend on how many other blocks there are.
+// Where the caller names no split_size. Folding costs at most a hundredth of the time, and lets threads share the keys
+// of a few queries.
+constexpr int kUsualSplit = 2048;
+
+// Whether a row's chunks are given to several threads changes no bit, so it may depend on how many there are.
 Workspace plan_forward(ForwardParams& p, const Queue& queue) {
   make_rows_of_heads(p);
   const KernelInfo& kernel = forward_kernel(p);
@@ -118,9 +121,10 @@ Workspace plan_forward(ForwardParams& p, const Queue& queue) {
     throw std::invalid_argument("split_size: must be a multiple of " + std::to_string(kernel.block_n) +
                                 ", the key block, got " + std::to_string(p.split_size) + " (0 turns the mode off)");
   }
+  if (p.split_size == 0) p.split_size = kUsualSplit;
   p.num_splits = 1;
   p.head_group = 1;  // a head's query blocks share its keys in cache
-  if (p.split_size > 0 && p.s_dmask == nullptr && kernel.blocks(&p) < thread_count(queue)) {
+  if (p.s_dmask == nullptr && kernel.blocks(&p) < thread_count(queue)) {
     p.num_splits = max_int(1, ceil_div(p.seqlen_k, p.split_size));
   }
   return {PartialBytes(p).all() + scratch_bytes(kernel, p, queue)};

@@ -332,5 +332,6 @@ def decoding_table(peers: Sequence[str]) -> Table:
 
 def show_decoding(table: Table, peers: Sequence[str], rows: Sequence[Row]) -> None:
     """One line: the contenders of one cache."""
-    speeds = {row["contender"]: f"{row['bytes_per_second'] / 1e9:.0f}" for row in rows}
-    table.row(*decoding_key(rows[0]), *(speeds.get(name, "-") for name in (*DECODERS, *peers)))
+    speeds = {row["contender"]: row["bytes_per_second"] / 1e9 for row in rows}
+    shown = {name: f"{speed:.0f}" if speed >= 100 else f"{speed:.3g}" for name, speed in speeds.items()}
+    table.row(*decoding_key(rows[0]), *(shown.get(name, "-") for name in (*DECODERS, *peers)))
