@@ -90,16 +90,15 @@ FA_INLINE void multiply_panel(AccumOf<T>* __restrict c, int64_t c_stride, const 
 // Rows of a tensor that will be loaded soon. Fetched a few lines at a time between panels: in one go they would fill
 // the processor's miss buffers, and short rows far apart are not what its own prefetcher foresees.
 struct Upcoming {
-  const char* row;
-  int64_t stride;  // bytes
-  int rows;        // left
-  int lines;       // of 64 bytes in a row
-  int line;        // next in this row
+  const void* const* row;  // the next one
+  int rows;                // left
+  int lines;               // of 64 bytes in a row
+  int line;                // next in this row
 
   FA_INLINE void fetch(int count) {
     for (; count > 0 && rows > 0; --count) {
-      __builtin_prefetch(row + 64 * line, 0, 2);
-      if (++line == lines) line = 0, row += stride, --rows;
+      __builtin_prefetch(static_cast<const char*>(*row) + 64 * line, 0, 2);
+      if (++line == lines) line = 0, ++row, --rows;
     }
   }
 };

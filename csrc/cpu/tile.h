@@ -26,7 +26,7 @@ class Tile {
 
   static constexpr int kFormBytes = ROWS * COLS / kPer * int(sizeof(Unit));
   static constexpr int kForms = int(kHasColumns) + int(kHasPlain) + int(kHasPaired) - int(kOneForm);
-  static constexpr int kHeaderBytes = 128;  // extents; keeps the forms aligned
+  static constexpr int kHeaderBytes = 128 + ROWS * int(sizeof(void*));  // extents, upcoming rows
   static constexpr int kStagingBytes = USES & kStaging ? ROWS * COLS * int(sizeof(T)) : 0;
   static constexpr int kBytes =
       kHeaderBytes + (kForms * kFormBytes > kStagingBytes ? kForms * kFormBytes : kStagingBytes);
@@ -35,13 +35,9 @@ class Tile {
   explicit FA_INLINE Tile(char* shared) : shared_(shared) {}
 
   FA_INLINE void load(const Stored* src, int64_t row_stride, int rows, int cols, bool) {
-    set_upcoming(src + ROWS * row_stride, row_stride, rows - ROWS, cols);
     load_rows([=](int row) { return src + row * row_stride; }, rows, cols);
   }
   FA_INLINE void load(const PagedRows<Stored>& from, int rows, int cols, bool) {
-    const Stored* const next = rows > ROWS ? from.find(ROWS) : nullptr;
-    const int together = next == nullptr ? 0 : from.rows_together(ROWS);
-    set_upcoming(next, from.row_stride(), together < rows - ROWS ? together : rows - ROWS, cols);
     load_rows([&](int row) { return from.find(row); }, rows, cols);
   }
   FA_INLINE void land() {}
@@ -86,22 +82,22 @@ class Tile {
   FA_INLINE Unit* paired() const { return form(int(kHasColumns) + int(kHasPlain && !kOneForm)); }
 
  private:
+  static FA_INLINE int min_of(int a, int b) { return a < b ? a : b; }
   static FA_INLINE int round_up(int extent) { return (extent + kExtent - 1) / kExtent * kExtent; }
   FA_INLINE int32_t* extents() const { return reinterpret_cast<int32_t*>(shared_); }
   FA_INLINE void set_extents(int rows, int cols) { extents()[0] = rows, extents()[1] = cols; }
   FA_INLINE Upcoming* header_upcoming() const { return reinterpret_cast<Upcoming*>(shared_ + 16); }
-  FA_INLINE void set_upcoming(const Stored* src, int64_t row_stride, int rows, int cols) {
-    const int lines = (cols * int(sizeof(T)) + 63) / 64;
-    *header_upcoming() = {reinterpret_cast<const char*>(src), row_stride * int64_t(sizeof(T)),
-                          rows < ROWS ? rows : ROWS, lines, 0};
-  }
+  FA_INLINE const void** upcoming_rows() const { return reinterpret_cast<const void**>(shared_ + 128); }
   FA_INLINE Unit* form(int index) const { return reinterpret_cast<Unit*>(shared_ + kHeaderBytes + index * kFormBytes); }
   FA_INLINE Stored* staging() const { return reinterpret_cast<Stored*>(shared_ + kHeaderBytes); }
 
   // find(row): where a row lies, or null for zeros.
   template <class Find>
   FA_INLINE void load_rows(Find&& find, int rows, int cols) {
-    rows = rows < ROWS ? rows : ROWS;
+    const int upcoming = min_of(rows - ROWS, ROWS), lines = (cols * int(sizeof(T)) + 63) / 64;
+    for (int row = 0; row < upcoming; ++row) upcoming_rows()[row] = find(ROWS + row);
+    *header_upcoming() = {upcoming_rows(), upcoming, lines, 0};
+    rows = min_of(rows, ROWS);
     set_extents(round_up(rows), round_up(cols));
     const auto find_inside = [&](int row) { return row < rows ? find(row) : nullptr; };
     if constexpr (kHasColumns) load_columns(find_inside, cols);

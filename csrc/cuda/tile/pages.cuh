@@ -30,9 +30,6 @@ class PagedRows {
     const Place place(*this, 0);
     return find(read_uniform(table_ + place.page), place.row);
   }
-  // How many rows from this one on lie together.
-  FA_DEVICE int rows_together(int row) const { return page_size_ - Place(*this, row).row; }
-  FA_DEVICE int64_t row_stride() const { return row_stride_; }
   FA_DEVICE const T* any() const { return data_; }  // an address that is there
 
  private:
