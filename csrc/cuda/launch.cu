@@ -295,10 +295,12 @@ int choose_shares(const ForwardParams& p, const KernelInfo& kernel, int64_t bloc
   // Few queries wait for memory, and half of the multiprocessors take most of that.
   const bool has_few_queries = 2 * p.seqlen_q <= kernel.block_m;
   if (!kernel.persistent || has_few_queries) {
-    // Shares that need no Combine may be fewer, the more so the sooner they are done, and of a single key block.
+    // Shares that need no Combine may be fewer, and of a single key block; half as many if they are soon done or, as in
+    // all but the widest heads, several warpgroups work at each.
     const int wanted = std::max(1, most(at_once)), folded = most_folded_shares(p, kernel);
-    const bool enough = 4 * folded >= 3 * wanted || (2 * folded >= wanted && key_blocks <= 16 * folded);
-    return enough && folded > 1 && key_blocks > 2 ? std::min(folded, key_blocks) : wanted;
+    const bool soon = key_blocks <= 16 * folded || p.head_dim <= 192;
+    const bool enough = 4 * folded >= 3 * wanted || (2 * folded >= wanted && soon);
+    return enough && folded > 1 && key_blocks > 1 ? std::min(folded, key_blocks) : wanted;
   }
   if (blocks > at_once) return 1;
   int best = 1, least = 0x7fffffff;

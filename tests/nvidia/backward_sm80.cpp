@@ -19,7 +19,7 @@ struct Loops {
     constexpr unsigned kAtOnce = 4;
     const unsigned blocks = unsigned(Kernel::blocks(p));
     for (unsigned first = 0; first < blocks; first += kAtOnce) {
-      host::launch(std::min(kAtOnce, blocks - first), Kernel::kThreads, Kernel::kSharedBytes,
+      host::launch({std::min(kAtOnce, blocks - first)}, Kernel::kThreads, Kernel::kSharedBytes,
                    [&] { Kernel::run(p, first + blockIdx.x, host::self->block->shared); });
     }
   }

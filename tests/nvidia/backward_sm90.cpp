@@ -9,7 +9,7 @@
 
 template <class Kernel, class Launched>
 void launch(unsigned blocks, const Launched& launched) {
-  host::launch(blocks, Kernel::kThreads, Kernel::kSharedBytes,
+  host::launch({blocks}, Kernel::kThreads, Kernel::kSharedBytes,
                [&] { Kernel(launched, host::self->block->shared).run(); });
 }
 
@@ -44,7 +44,7 @@ struct Fp32Loops {
     const typename K::Launched launched(p);
     launch<K>(unsigned(K::blocks(p)), launched);
     using Finish = FinishDq<Arch, Problem<float, D, false>>;
-    host::launch(unsigned(Finish::blocks(p)), Finish::kThreads, Finish::kSharedBytes,
+    host::launch({unsigned(Finish::blocks(p))}, Finish::kThreads, Finish::kSharedBytes,
                  [&] { Finish::run(p, blockIdx.x, host::self->block->shared); });
   }
 };

@@ -21,6 +21,7 @@ struct Task {
   int split_size = 0;
   bool partial = false;  // a thread block for each chunk
   int page_size = 0;
+  int spare_columns = 0;  // of the plain instance
 };
 
 // Keys or values in pages, which lie in the order of `table`.
@@ -76,6 +77,7 @@ bool check(const Task& task, int dim, Scoring scoring, unsigned seed) {
   p.dtype = kFp32 ? DType::kFloat32 : kHalf ? DType::kFloat16 : DType::kBFloat16;
   p.aligned = dim * sizeof(T) % 16 == 0;
   p.split_size = task.split_size;
+  p.deterministic = seed % 2 == 0;  // then a share of keys is one warpgroup's
   p.num_splits = task.partial ? ceil_div(longest_k, task.split_size) : 1;
   const int64_t partial_rows = int64_t(p.num_splits) * batch * task.heads_q * longest_q;
   std::vector<float> partial_out(size_t(partial_rows) * dim + Loops::kStashDeviceBytes, NAN);

@@ -12,7 +12,7 @@ struct Loops {
   static bool in_cluster(const ForwardParams&) { return false; }
   static void run(const ForwardParams& p) {
     const size_t bytes = K::kSharedBytes + (may_fold(p) ? K::kStashBytes : 0);
-    host::launch(unsigned(K::blocks(p)), K::kThreads, bytes,
+    host::launch({unsigned(K::blocks(p))}, K::kThreads, bytes,
                  [&] { K::run(p, blockIdx.x, host::self->block->shared); });
   }
 };

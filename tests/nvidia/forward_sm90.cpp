@@ -6,12 +6,15 @@
 
 template <class K>
 void launch(ForwardParams& p) {
-  unsigned blocks = unsigned(K::blocks(p)), cluster = 1;
+  host::Index blocks = {unsigned(K::blocks(p))};
+  unsigned cluster = 1;
   uint32_t taken = 0;
   if constexpr (!std::is_same_v<typename K::T, float>) {
     cluster = K::kShares ? unsigned(p.num_splits) : K::in_pairs(p) ? 2 : 1;
-    if (!K::kShares) {  // thread blocks that take several tiles, dealt out or as they come
-      blocks = std::min(blocks, 2 * cluster);
+    if (K::kShares) {
+      blocks = {cluster, unsigned(p.heads_q), unsigned(p.batch)};
+    } else {  // thread blocks that take several tiles, dealt out or as they come
+      blocks.x = std::min(blocks.x, 2 * cluster);
       if (blocks_differ(p)) p.tiles_taken = &taken;
     }
   }
@@ -61,6 +64,9 @@ const Task kTasks16Bit[] = {
     {{70, 70}, {288, 288}, {250, 33}, false, true, 2, 1, -1, 0, false, 48},
     {{16, 16}, {640, 640}, {640, 130}, false, true, 2, 1, -1, 128, true},
     {{3, 3}, {640, 640}, {513, 0}, false, false, 2, 2, -1, 256, true, 16},
+    {{5}, {1900}, {}, false, true, 2, 1, -1, 1024, true},
+    {{2}, {1200}, {150}, false, false, 1, 1, -1, 128, true},
+    {{1}, {1200}, {500}, false, false, 1, 1, -1, 128, true, 0, 24},
 };
 
 // By the copy engine; then scored, of rows that do not allow 16-byte access.
@@ -79,7 +85,7 @@ template <int D>
 bool check_all(unsigned seed) {
   bool good = true;
   const auto check_task = [&](const Task& task) {
-    good = check<Loops<BFloat16, D, Modifiers::kNone>, BFloat16>(task, D, {}, seed) && good;
+    good = check<Loops<BFloat16, D, Modifiers::kNone>, BFloat16>(task, D - task.spare_columns, {}, seed) && good;
     good = check<Loops<Half, D, Modifiers::kSoftcap>, Half>(task, D, {3.0f}, seed) && good;
     good = check<Loops<Half, D, Modifiers::kAny>, Half>(task, D - 8, kScored, seed) && good;
   };

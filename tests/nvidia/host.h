@@ -27,7 +27,7 @@ struct uint4 {
 namespace host {
 
 struct Index {
-  unsigned x;
+  unsigned x, y = 1, z = 1;
 };
 
 // Threads that wait for each other.
@@ -45,8 +45,8 @@ struct ThreadBlock {
   Index number;
   char* shared;
   Warp warps[16];
-  Meeting named[4];
-  int threads;
+  Meeting named[5];
+  int threads, left;     // in all, that have not ended
   ThreadBlock* cluster;  // its first thread block
   unsigned rank;         // in it
   Meeting of_cluster;    // the first one's, of all
@@ -174,9 +174,13 @@ T shuffle(T x, int lane) {
 // An address is of the thread's own block, or says which of the cluster's.
 constexpr int kRankBit = 20;
 inline char* shared_memory(uint32_t address) {
-  const ThreadBlock* const block = self->block;
   const uint32_t rank = address >> kRankBit;
-  return (rank == 0 ? block->shared : block->cluster[rank - 1].shared) + (address & ((1u << kRankBit) - 1));
+  const ThreadBlock& block = rank == 0 ? *self->block : self->block->cluster[rank - 1];
+  if (rank != 0 && block.left == 0) {
+    printf("access to the memory of a thread block that has ended\n");
+    _Exit(1);
+  }
+  return block.shared + (address & ((1u << kRankBit) - 1));
 }
 // The copy engine's 128-byte mode.
 inline char* swizzled(uint32_t address) { return shared_memory(address ^ (address >> 7 & 7) << 4); }
@@ -199,24 +203,25 @@ inline void start() {
     printf("a thread ends before its stores or copies\n");
     _Exit(1);
   }
+  --self->block->left;
   running.erase(running.begin() + at);
   if (running.empty()) setcontext(&outside);
   resume(take_thread(at));
 }
 
-// Runs f() in every thread of `blocks` thread blocks, of which `cluster` at a time are one.
+// Runs f() in every thread of a grid of thread blocks, of which `cluster` at a time are one.
 template <class F>
-void launch(unsigned blocks, unsigned threads_of_block, size_t shared_bytes, F&& f, unsigned cluster = 1) {
+void launch(Index blocks, unsigned threads_of_block, size_t shared_bytes, F&& f, unsigned cluster = 1) {
   constexpr size_t kStack = 256 << 10;
-  std::vector<ThreadBlock> all(blocks);
+  std::vector<ThreadBlock> all(blocks.x * blocks.y * blocks.z);
   threads.clear();
   at = switches = 0;
-  grid = {blocks};
+  grid = blocks;
   body = [](void* f) { (*static_cast<std::remove_reference_t<F>*>(f))(); };
   argument = &f;
-  for (unsigned block = 0; block < blocks; ++block) {
-    all[block].number = {block};
-    all[block].threads = int(threads_of_block);
+  for (unsigned block = 0; block < all.size(); ++block) {
+    all[block].number = {block % blocks.x, block / blocks.x % blocks.y, block / blocks.x / blocks.y};
+    all[block].threads = all[block].left = int(threads_of_block);
     all[block].threads_of_cluster = int(threads_of_block * cluster);
     all[block].rank = block % cluster;
     all[block].cluster = &all[block - block % cluster];
@@ -245,6 +250,7 @@ void launch(unsigned blocks, unsigned threads_of_block, size_t shared_bytes, F&&
 #define threadIdx (host::self->number)
 #define blockIdx (host::self->block->number)
 #define gridDim (host::grid)
+using dim3 = host::Index;
 #define __grid_constant__
 
 inline void __syncwarp(unsigned = 0xffffffffu) { host::meet_warp(); }
@@ -297,6 +303,7 @@ void __stcg(T* p, T x) {
   *p = x;
 }
 inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t bytes = uint64_t(b) << 32 | a;
   uint32_t x = 0;

@@ -65,14 +65,26 @@ FA_DEVICE void write_partial(const ForwardParams& p, const ForwardWork<BLOCK_M>&
   });
 }
 
-// An element of the output, once its chunks are folded, times `factor`; with column 0 the row's log-sum-exp.
+// Where an element of the output goes; with column 0 the row's log-sum-exp.
 template <class T, class Scalar>
-FA_DEVICE void write_folded(const ForwardParams& p, const Sequence& seq, int batch, int head, int row, int col,
-                            Scalar factor, const ChunkFold<Scalar>& fold) {
-  const RowResult<Scalar> result(fold.max, fold.sum, sink_of<Scalar>(p, head, row));
-  head_rows<T>(p.out, batch, head, seq.first_q)[row * p.out.row_stride + col] =
-      narrow<T>(fold.out * (result.scale * factor));
-  if (col == 0) head_rows<Scalar>(p.lse, batch, head, seq.first_q)[row] = result.lse;
-}
+class FoldedElement {
+ public:
+  FA_DEVICE FoldedElement(const ForwardParams& p, const Sequence& seq, int batch, int head, int row, int col)
+      : out_(head_rows<T>(p.out, batch, head, seq.first_q) + (row * p.out.row_stride + col)),
+        lse_(col == 0 ? head_rows<Scalar>(p.lse, batch, head, seq.first_q) + row : nullptr),
+        sink_(sink_of<Scalar>(p, head, row)) {}
+
+  // Once its chunks are folded, times `factor`.
+  FA_DEVICE void write(const ChunkFold<Scalar>& fold, Scalar factor) const {
+    const RowResult<Scalar> result(fold.max, fold.sum, sink_);
+    *out_ = narrow<T>(fold.out * (result.scale * factor));
+    if (lse_ != nullptr) *lse_ = result.lse;
+  }
+
+ private:
+  T* out_;
+  Scalar* lse_;
+  Scalar sink_;
+};
 
 }  // namespace flash_attn

@@ -156,6 +156,8 @@ struct ForwardWork {
     return HeadItem(block, query_blocks * p.num_splits, p.heads_q, p.batch, p.head_group);
   }
 
+  FA_DEVICE ForwardWork(int query_begin, int split, int head, int batch)
+      : query_begin(query_begin), split(split), head(head), batch(batch) {}
   FA_DEVICE ForwardWork(const ForwardParams& p, uint32_t block)
       : ForwardWork(p, ceil_div(p.seqlen_q, BLOCK_M), item_of(p, block, ceil_div(p.seqlen_q, BLOCK_M)), BLOCK_M) {}
   // Of a sequence of `query_blocks`, of `rows` each. The longest blocks of a causal mask come first, so that the short

@@ -112,6 +112,26 @@ struct ChunkFold {
   }
 };
 
+template <class Scalar>
+struct Chunk {
+  Scalar max, sum, out;
+};
+// Of chunks load(0) to load(count - 1), in ascending order, eight of which are on their way at a time.
+template <class Scalar, class Load>
+FA_DEVICE ChunkFold<Scalar> fold_chunks(int count, Load&& load) {
+  constexpr int kAtOnce = 8;
+  ChunkFold<Scalar> fold;
+#pragma unroll 1
+  for (int first = 0; first < count; first += kAtOnce) {
+    Chunk<Scalar> chunks[kAtOnce];
+    FA_UNROLL
+    for (int i = 0; i < kAtOnce; ++i) chunks[i] = load(min_int(first + i, count - 1));
+    FA_UNROLL
+    for (int i = 0; i < kAtOnce; ++i) fold.add(chunks[i].max, chunks[i].sum, chunks[i].out, first + i < count);
+  }
+  return fold;
+}
+
 // What turns an unnormalised row into the output and its log-sum-exp (natural units), the sink included: -inf for none.
 // Without branches, so that a lane's rows are worked out side by side.
 template <class Scalar>

@@ -34,28 +34,16 @@ struct Combine {
   }
 
   static FA_DEVICE void fold_element(const Params& p, const Sequence& seq, int batch, int head, int row, int col) {
-    constexpr int kAtOnce = 8;  // loads under way: a decoding step has few rows, and time only for latency
     const int64_t first = (int64_t(batch) * p.heads_q + head) * p.seqlen_q + row;
     const int64_t rows_of_split = int64_t(p.batch) * p.heads_q * p.seqlen_q;
     const auto* const maxima = static_cast<const Scalar*>(p.partial_max);
     const auto* const sums = static_cast<const Scalar*>(p.partial_sum);
     const auto* const outs = static_cast<const Scalar*>(p.partial_out);
-    ChunkFold<Scalar> fold;
-    for (int split = 0; split < p.num_splits; split += kAtOnce) {
-      Scalar chunk_max[kAtOnce], chunk_sum[kAtOnce], chunk_out[kAtOnce];
-      FA_UNROLL
-      for (int i = 0; i < kAtOnce; ++i) {
-        const int64_t at = first + min_int(split + i, p.num_splits - 1) * rows_of_split;
-        chunk_max[i] = maxima[at];
-        chunk_sum[i] = sums[at];
-        chunk_out[i] = outs[at * p.head_dim + col];
-      }
-      FA_UNROLL
-      for (int i = 0; i < kAtOnce; ++i) {
-        fold.add(chunk_max[i], chunk_sum[i], chunk_out[i], split + i < p.num_splits);
-      }
-    }
-    write_folded<T>(p, seq, batch, head, row, col, kept_scale<Scalar>(p), fold);
+    const auto fold = fold_chunks<Scalar>(p.num_splits, [&](int split) {
+      const int64_t at = first + split * rows_of_split;
+      return Chunk<Scalar>{maxima[at], sums[at], outs[at * p.head_dim + col]};
+    });
+    FoldedElement<T, Scalar>(p, seq, batch, head, row, col).write(fold, kept_scale<Scalar>(p));
   }
 };
 

@@ -34,16 +34,21 @@ struct Forward {
   using Params = ForwardParams;
   using Tuning = ForwardTuning<D>;
   static constexpr bool kPersistent = true;
-  static constexpr int kM = Tuning::kBlockM, kN = Tuning::kBlockN, kStages = Tuning::kStages;
+  static constexpr bool kUsual = LAYOUT == Layout::kUsual, kPages = LAYOUT == Layout::kPages;
+  static constexpr bool kShares = LAYOUT == Layout::kShares;  // a cluster has a tile, its thread blocks a share each
+  static constexpr int kM = Tuning::kBlockM, kN = Tuning::kBlockN;
   static constexpr int kBlockM = kM, kBlockN = kN;
   static constexpr int kGroups = kM / 64, kWarps = 4 * kGroups;  // that compute; the producer is one more group
   static constexpr int kThreads = (kGroups + 1) * 128;
+  // A share's blocks of keys are dealt out to the warpgroups, each of which has stages of its own: two of values, since
+  // the next block's are awaited before the last one's are done.
+  static constexpr bool kDeals = kShares && D <= 192;
+  static constexpr int kStages = kDeals ? 2 * kGroups : Tuning::kStages;  // of V
+  static constexpr int kKeyStages = kDeals && D > 64 ? kGroups : kStages;
 
   static constexpr bool kQueriesInRegisters = Tuning::kQueriesInRegisters;  // as a factor; else in shared memory
   static constexpr Pages kReadsPages = Pages::kBoxes;
   static constexpr bool kScored = MODIFIERS == Modifiers::kAny, kSoftcap = MODIFIERS == Modifiers::kSoftcap;
-  static constexpr bool kUsual = LAYOUT == Layout::kUsual, kPages = LAYOUT == Layout::kPages;
-  static constexpr bool kShares = LAYOUT == Layout::kShares;  // a cluster has a tile, its thread blocks a share each
   static constexpr bool kPairs = Tuning::kPairs && MODIFIERS == Modifiers::kNone && kUsual;  // a scored one spills
   // Asks ScoreLimits, and awaits the values half-way through the softmax. Scored ones have no registers for it.
   static constexpr bool kHurries = !kScored, kRescalesAtOnce = kHurries && Tuning::kRescalesAtOnce;
@@ -58,12 +63,13 @@ struct Forward {
 
   // Tiles are panels of 64 columns, rows of 128 bytes.
   static constexpr int kPanels = (D + 63) / 64;
-  static constexpr int kQPanel = kM * 128, kKPanel = kN * 128;
+  static constexpr int kQPanel = (kShares ? 64 : kM) * 128, kKPanel = kN * 128;
   static constexpr int kQBytes = kPanels * kQPanel, kKBytes = kPanels * kKPanel;
-  static constexpr int kTileBytes = kQBytes + 2 * kStages * kKBytes;
+  static constexpr int kTileBytes = kQBytes + (kKeyStages + kStages) * kKBytes;
 
   struct Barriers {
-    Barrier q_full[kGroups], q_free[kGroups], k_full[kStages], k_free[kStages], v_full[kStages], v_free[kStages];
+    Barrier q_full[kGroups], q_free[kGroups], k_full[kKeyStages], k_free[kKeyStages], v_full[kStages], v_free[kStages];
+    Barrier shares_full;
   };
   static constexpr int kMessages = 4, kMessageBytes = 96, kBarrierBytes = 256;
   static_assert(sizeof(Barriers) <= kBarrierBytes);
@@ -77,9 +83,9 @@ struct Forward {
   static constexpr int kTurned = kTurnBytes<kOutCols, kSwizzles>;
   static constexpr int kOutBytes = kStoresBoxes ? kPanels * kBoxBytes : kTurned, kStash = 16 * D * 4;  // of a warp
   static_assert(kTurned <= kOutBytes);
-  static constexpr int kSharedBytes = kRoomAt + kWarps * kOutBytes;
-  using Exchange = ShareExchange<D>;
-  static_assert(Exchange::kBytes <= kWarps * kOutBytes);
+  using Exchange = ShareExchange<D, kGroups>;
+  static constexpr int kSharedBytes = kRoomAt + (kShares ? Exchange::kBytes : kWarps * kOutBytes);
+  static_assert(Exchange::kPartBytes <= kKBytes);
   static constexpr bool kStashIsShared = D <= 128;
   static constexpr int kStashBytes = kStashIsShared ? kWarps * (kStash - kOutBytes) + 2 * kM * 4 : 0;
   static constexpr int kStashDeviceBytes = kStashIsShared ? 0 : kWarps * kStash + 2 * kM * 4;
@@ -103,7 +109,8 @@ struct Forward {
     if constexpr (MODIFIERS != Modifiers::kNone) return 0;
     if (p.seqlen_q > Exchange::kRows) return 0;
     using InShares = Forward<T, D, Modifiers::kNone, Layout::kShares>;
-    return clusters_at_once<InShares, Exchange::kMostShares>(kSharedBytes).largest(int64_t(p.batch) * p.heads_q);
+    return clusters_at_once<InShares, Exchange::kMostShares>(InShares::kSharedBytes)
+        .largest(int64_t(p.batch) * p.heads_q);
   }
 
   // Q and the output are asked for once, a pair's K and V by all pairs of a head: that keeps them in the L2 cache. Not
@@ -116,6 +123,8 @@ struct Forward {
     ForwardParams p;
     CUtensorMap q, k, v, out;
     bool pairs, ragged;
+    int dealt;                // to how many warpgroups a share's blocks of keys are dealt out
+    uint32_t shares_inverse;  // inverse_of(num_splits)
 
     explicit Launched(const ForwardParams& p)
         : p(p),
@@ -124,7 +133,9 @@ struct Forward {
           v(map_keys(p, p.v, kN, 64, streams_keys(p))),
           out(kStoresBoxes && p.num_splits == 1 ? map_queries(p, p.out, 16) : CUtensorMap{}),
           pairs(in_pairs(p)),
-          ragged(is_ragged(p)) {}
+          ragged(is_ragged(p)),
+          dealt(p.deterministic ? 1 : kGroups),
+          shares_inverse(inverse_of(p.num_splits)) {}
   };
 
   static int64_t blocks(const Params& p) { return Work::blocks(p); }
@@ -136,15 +147,19 @@ struct Forward {
       if constexpr (MODIFIERS == Modifiers::kNone) {
         using InShares = Forward<T, D, MODIFIERS, Layout::kShares>;
         const bool folds = p.num_splits > 1 && p.num_splits <= most_shares(params);
-        if (folds) return InShares::launch(params, blocks, shared_bytes, stream);
+        if (folds) return InShares::launch(params, blocks, InShares::kSharedBytes, stream);
       }
       if (p.block_table != nullptr) return Pages::launch(params, blocks, shared_bytes, stream);
       if (is_ragged(p)) return Ragged::launch(params, blocks, shared_bytes, stream);
     }
     const Launched launched(p);
-    const int cluster = kShares ? p.num_splits : launched.pairs ? 2 : 1;
-    const int64_t at_once = kShares ? blocks : multiprocessors() / cluster * cluster;
-    launch_blocks<Forward>(launched, std::min(blocks, at_once), cluster, shared_bytes, stream);
+    if constexpr (kShares) {
+      const dim3 grid(unsigned(p.num_splits), unsigned(p.heads_q), unsigned(p.batch));
+      return launch_blocks<Forward>(launched, grid, p.num_splits, shared_bytes, stream);
+    }
+    const int cluster = launched.pairs ? 2 : 1;
+    const int64_t at_once = multiprocessors() / cluster * cluster;
+    launch_blocks<Forward>(launched, unsigned(std::min(blocks, at_once)), cluster, shared_bytes, stream);
   }
   static const void* device() { return reinterpret_cast<const void*>(&run_blocks<Forward>); }
 
@@ -167,38 +182,49 @@ struct Forward {
         rank(pairs || kShares ? cluster_rank() : 0),
         informed(cluster_address(shared_address(&barriers), threadIdx.x % 32 == 1 && pairs ? rank ^ 1 : rank)) {}
 
-  FA_DEVICE uint32_t q_address(int group) const { return shared_address(shared) + group * 64 * 128; }
-  FA_DEVICE uint32_t k_address(int stage) const { return shared_address(shared) + kQBytes + stage * 2 * kKBytes; }
-  FA_DEVICE uint32_t v_address(int stage) const { return k_address(stage) + kKBytes; }
+  FA_DEVICE uint32_t q_address(int group) const { return shared_address(shared) + (kShares ? 0 : group * 64 * 128); }
+  // Keys and values in turn where they have as many stages, else all stages of keys first.
+  static constexpr bool kInTurn = kKeyStages == kStages;
+  static FA_DEVICE int k_offset(int stage) { return kQBytes + stage * (kInTurn ? 2 : 1) * kKBytes; }
+  static FA_DEVICE int v_offset(int stage) { return k_offset(stage) + (kInTurn ? 1 : kKeyStages) * kKBytes; }
+  FA_DEVICE uint32_t k_address(int stage) const { return shared_address(shared) + k_offset(stage); }
+  FA_DEVICE uint32_t v_address(int stage) const { return shared_address(shared) + v_offset(stage); }
+  // Where the keys are of the block whose values are at `place`.
+  static FA_DEVICE Place of_keys(const Place& place) {
+    return kInTurn ? place : Place{place.at % kKeyStages, uint32_t(place.at / kKeyStages)};
+  }
+  static_assert(kInTurn || kStages == 2 * kKeyStages);
 
   FA_DEVICE void run() {
-    if (threadIdx.x == 0) {
-      for (int group = 0; group < kGroups; ++group) {
-        barriers.q_full[group].init(1);
-        barriers.q_free[group].init(128);  // every lane that has read Q and the message
-      }
-      for (int stage = 0; stage < kStages; ++stage) {
-        barriers.k_full[stage].init(1);
-        barriers.v_full[stage].init(1);
-        barriers.k_free[stage].init(pairs ? 2 * kWarps : kWarps);
-        barriers.v_free[stage].init(pairs ? 2 * kWarps : kWarps);
-      }
-      fence_barrier_init();
-    }
+    if (kShares) return run_share();
+    if (threadIdx.x == 0) init_barriers();
     __syncthreads();
     if (pairs) sync_cluster();
-    if (kShares) arrive_at_cluster();
     if (threadIdx.x >= kGroups * 128) {
       keep_registers<Tuning::kProducerRegisters>();
       if (threadIdx.x < kGroups * 128 + 32) produce();
-      if (kShares) wait_for_cluster();
     } else {
       take_registers<Tuning::kConsumerRegisters>();
-      if (kShares) wait_for_cluster();  // nobody writes to a thread block that has not begun
       consume();
     }
-    if (pairs || kShares) sync_cluster();  // nor to one that has ended; and all shares have come
-    if (kShares && threadIdx.x < kGroups * 128) fold_shares();
+    if (pairs) sync_cluster();  // nobody writes to a thread block that has ended
+  }
+
+  FA_DEVICE void init_barriers() {
+    const int readers = kShares ? 4 : pairs ? 2 * kWarps : kWarps;
+    for (int group = 0; group < kGroups; ++group) {
+      barriers.q_full[group].init(1);
+      barriers.q_free[group].init(128);  // every lane that has read Q and the message
+    }
+    for (int stage = 0; stage < kStages; ++stage) {
+      if (stage < kKeyStages) {
+        barriers.k_full[stage].init(1);
+        barriers.k_free[stage].init(readers);
+      }
+      barriers.v_full[stage].init(1);
+      barriers.v_free[stage].init(readers);
+    }
+    fence_barrier_init();
   }
 
   using Tile = ForwardTile<kM, kN>;
@@ -224,33 +250,31 @@ struct Forward {
   }
   static_assert(sizeof(Message) <= kMessageBytes);
 
+  FA_DEVICE void prefetch_maps() const {
+    prefetch(launched.q);
+    prefetch(launched.k);
+    prefetch(launched.v);
+  }
+
   // A warp's work. Lane g writes to warpgroup g and loads its Q.
   FA_DEVICE void produce() {
     const int lane = int(threadIdx.x) % 32;
-    if (lane == 0) {
-      prefetch(launched.q);
-      prefetch(launched.k);
-      prefetch(launched.v);
-    }
+    if (lane == 0) prefetch_maps();
     Place place;
     Turn turn;
     PackedBlocks<kM> packed(p, p.cu_seqlens_q, p.total_q, p.seqlen_q, p.heads_q, p.num_splits);
-    const uint32_t at_once = kShares ? uint32_t(p.num_splits) : pairs ? 2 : 1;
-    const uint32_t tiles = uint32_t(Work::blocks(p)) / at_once;
+    const uint32_t at_once = pairs ? 2 : 1, tiles = uint32_t(Work::blocks(p)) / at_once;
     const int rows = pairs ? 2 * kM : kM;
     for (uint32_t tile = blockIdx.x / at_once; tile < tiles;) {
       int query_blocks = ceil_div(p.seqlen_q, rows);
       HeadItem item;
-      if (kShares) {
-        item = HeadItem(tile, 1, p.heads_q);
-        item.item = int(rank);
-      } else if (kUsual || !launched.ragged) {
+      if (kUsual || !launched.ragged) {
         item = Work::item_of(p, tile, query_blocks);
       } else if (!packed.find(tile, item, query_blocks)) {
         break;
       }
       Work work(p, query_blocks, item, rows);
-      if (!kShares) work.query_begin += int(rank) * kM;
+      work.query_begin += int(rank) * kM;
       const Tile next(p, work);
       if (next.has_rows() || next.clears(p)) {
         if (lane < kGroups) message(turn, lane) = {next, Share(p, next, lane)};
@@ -266,7 +290,6 @@ struct Forward {
 
   // This thread block's next tile.
   FA_DEVICE uint32_t following(uint32_t tile) const {
-    if (kShares) return 0xffffffffu;
     if (pairs) return tile + gridDim.x / 2;
     return gridDim.x + (p.tiles_taken == nullptr ? tile : take_block(p.tiles_taken));
   }
@@ -282,10 +305,13 @@ struct Forward {
   // Returns the tile to follow, asked for in time to hide the answer's latency.
   FA_DEVICE uint32_t load(const Tile& next, uint32_t tile, const Turn& turn, Place& place) {
     if (!next.has_keys()) {
+      if (kShares) return tile;
       announce(turn);
       return following(tile);
     }
-    const int batch = p.cu_seqlens_q ? 0 : next.work.batch, kv_head = next.work.head / (p.heads_q / p.heads_kv);
+    const int batch = p.cu_seqlens_q ? 0 : next.work.batch, head = next.work.head;
+    const bool own_keys = kShares && p.heads_q == p.heads_kv;  // usually, as rows are heads; without a division
+    const int kv_head = own_keys ? head : head / (p.heads_q / p.heads_kv);
     uint32_t following = 0;
     // In pages, a lane for each box of rows.
     const bool paged = kPages || (kShares && p.block_table != nullptr);
@@ -294,19 +320,20 @@ struct Forward {
     PageBox box;
     if (paged) box = find_box(next.keys.begin);
     for (int key = next.keys.begin; key < next.keys.end; key += kN) {
-      const int stage = place.at, row = int(next.seq.first_k) + key;
-      const auto load_keys = [&](const CUtensorMap& map, uint32_t dst, Barrier& full, Barrier& free) {
-        free.wait(place.phase ^ 1);
+      const int row = int(next.seq.first_k) + key;
+      const Place keys = of_keys(place);
+      const auto load_keys = [&](const CUtensorMap& map, uint32_t dst, Barrier& full, Barrier& free, uint32_t phase) {
+        free.wait(phase ^ 1);
         if (paged) {
           load_pages(map, dst, full, first, box, kv_head);
         } else {
           load_rows(map, dst, full, row, kv_head, batch);
         }
       };
-      if (key + kN >= next.keys.end) following = this->following(tile);
-      load_keys(launched.k, k_address(stage), barriers.k_full[stage], barriers.k_free[stage]);
+      if (!kShares && key + kN >= next.keys.end) following = this->following(tile);
+      load_keys(launched.k, k_address(keys.at), barriers.k_full[keys.at], barriers.k_free[keys.at], keys.phase);
       if (key == next.keys.begin) load_queries(next, turn, batch);
-      load_keys(launched.v, v_address(stage), barriers.v_full[stage], barriers.v_free[stage]);
+      load_keys(launched.v, v_address(place.at), barriers.v_full[place.at], barriers.v_free[place.at], place.phase);
       if (paged) box = find_box(key + kN);
       place.step(kStages);
     }
@@ -315,7 +342,7 @@ struct Forward {
 
   FA_DEVICE void load_queries(const Tile& next, const Turn& turn, int batch) {
     FA_UNROLL
-    for (int group = 0; group < kGroups; ++group) {
+    for (int group = 0; group < (kShares ? 1 : kGroups); ++group) {
       Barrier& full = barriers.q_full[group];
       barriers.q_free[group].wait(turn.phase() ^ 1);
       if (int(threadIdx.x) % 32 != group) continue;
@@ -424,23 +451,94 @@ struct Forward {
     }
   }
 
+  // To how many warpgroups the thread block's keys are dealt out.
+  FA_DEVICE int dealt() const { return kDeals ? launched.dealt : 1; }
+  // From one of the warpgroup's blocks of keys to its next.
+  FA_DEVICE int stride() const { return dealt() * kN; }
+  FA_DEVICE void advance(Place& place) const {
+    if (kDeals) {
+      place.skip(kStages, launched.dealt);
+    } else {
+      place.step(kStages);
+    }
+  }
+
+  // The thread block's share of the tile's keys. What is to be done everybody works out for himself, while others do.
+  FA_DEVICE void run_share() {
+    constexpr int kLoader = kGroups * 128;
+    if (threadIdx.x == kLoader) prefetch_maps();
+    if (threadIdx.x == kLoader + 32) init_barriers();
+    const Tile tile(p, Work(0, int(rank), int(blockIdx.y), int(blockIdx.z)));
+    const Exchange exchange(shared + kRoomAt, barriers.shares_full, tile.seq.len_q, p.head_dim,
+                            p.num_splits, launched.shares_inverse, int(rank));
+    if (threadIdx.x == kLoader + 64) {
+      exchange.expect();
+      fence_barrier_init();
+    }
+    __syncthreads();
+    arrive_at_cluster<false>();
+    if (threadIdx.x >= kLoader) {
+      keep_registers<Tuning::kProducerRegisters>();
+      Place place;
+      if (threadIdx.x < kLoader + 32) load(tile, 0, {}, place);
+      wait_for_cluster();
+    } else {
+      take_registers<Tuning::kConsumerRegisters>();
+      consume_share(tile, exchange);
+    }
+  }
+
+  FA_DEVICE void consume_share(const Tile& tile, const Exchange& exchange) {
+    Tile mine = tile;
+    mine.work.query_begin -= group * 64;  // all warpgroups have the same rows
+    Share share(p, mine, group);
+    share.deal(group, dealt());
+    if (tile.clears(p)) clear_rows_of_no_sequence<T, Lanes>(p, tile.work);
+    State state;
+    state.place.at = kDeals ? group : 0;
+    state.softmax.clear();
+    if (share.has_keys()) {
+      const Scoring scoring(p, mine);
+      barriers.q_full[0].wait(0);
+      begin(mine, share, scoring, state);
+      walk(mine, share, scoring, state);
+      multiply_last(share, state);
+      state.softmax.finish();
+      await_last(state);
+    } else {
+      state.output.fill(0);
+      state.softmax.finish();
+    }
+    wait_for_cluster();  // nobody writes to a thread block that has not begun
+    if (!tile.has_rows()) return;
+    sync_named(1 + group, 128);  // all of the warpgroup have read the keys, in whose place its part is put
+    if (group < dealt() && threadIdx.x % 128 < 32) {
+      exchange.keep(shared + k_offset(group), state.softmax, state.output);
+    }
+    sync_named(1 + kGroups, Lanes::kThreads);
+    const int thread = int(threadIdx.x);
+    exchange.send(shared + k_offset(0), k_offset(1) - k_offset(0), dealt(), thread, Lanes::kThreads);
+    exchange.template fold<T>(p, tile.seq, tile.work.batch, tile.work.head, thread, Lanes::kThreads);
+  }
+
   // All blocks of keys but the first.
   FA_DEVICE void walk(const Tile& tile, const Share& share, const Scoring& scoring, State& state) {
-    int chunk_end = share.has_chunks(p) ? (share.begin / p.split_size + 1) * p.split_size : share.end;
-    for (int key = share.begin + kN; key < share.end;) {
-      if (key == chunk_end) {
+    int chunk_end = !kShares && share.has_chunks(p) ? (share.begin / p.split_size + 1) * p.split_size : share.end;
+    const int stride = this->stride();
+    for (int key = share.begin + stride; key < share.end;) {
+      if (!kShares && key == chunk_end) {
         step<true, true>(tile, share, scoring, key, state);
         chunk_end += p.split_size;
-        key += kN;
+        key += stride;
       } else if (!share.all_see(key)) {
         step<true, false>(tile, share, scoring, key, state);
-        key += kN;
+        key += stride;
       } else {
         // A loop of its own, which asks for as little as can be: nothing is multiplied meanwhile.
         const int stop = min_int(min_int(chunk_end, share.end), share.all_end - kN + 1);
         do {
           step<false, false>(tile, share, scoring, key, state);
-          key += kN;
+          key += stride;
         } while (key < stop);
       }
     }
@@ -450,14 +548,14 @@ struct Forward {
   // multiply, where 0 * NaN is NaN.
   FA_DEVICE void multiply_last(const Share& share, State& state) {
     const int stage = state.place.at;
-    if (share.values < kN) clear_rows<kPanels>(shared + kQBytes + stage * 2 * kKBytes + kKBytes, kKPanel, share.values);
+    if (share.values < kN) clear_rows<kPanels>(shared + v_offset(stage), kKPanel, share.values);
     multiply_values(state.output, state.probabilities, stage);
   }
   FA_DEVICE void await_last(State& state) {
     wgmma_wait<0>();
     hold(state.output.value);
     release_keys(barriers.v_free[state.place.at]);
-    state.place.step(kStages);
+    advance(state.place);
   }
 
   // The last values, the rows' results, where they may under the multiply, and the output.
@@ -485,10 +583,6 @@ struct Forward {
       if (folds) fold_stash_into(state.output, state.softmax);
       finish();
     }
-    if constexpr (kShares) {
-      if (threadIdx.x < 32) exchange().send(rows, state.softmax, state.output);
-      return;
-    }
     if (p.num_splits > 1) return write_partial(p, work, rows, state.softmax, state.output);
     state.softmax.apply(scale, state.output);
     const int row = int(threadIdx.x) / 32 * 16;
@@ -513,13 +607,6 @@ struct Forward {
     }
   }
 
-  FA_DEVICE Exchange exchange() const { return {shared + kRoomAt, p.num_splits, int(rank)}; }
-  FA_DEVICE void fold_shares() const {
-    const Tile tile = message(Turn{}, 0).tile;
-    if (tile.is_last()) return;
-    exchange().template fold<T>(p, tile.seq, tile.work.batch, tile.work.head, int(threadIdx.x), Lanes::kThreads);
-  }
-
   // The last tile's output lies in the warp's room until then.
   FA_DEVICE void await_output_read() const {
     if (!kStoresBoxes) return;
@@ -533,8 +620,9 @@ struct Forward {
     Scores scores;
     Rows rescale;
     if (kQueriesInRegisters) take_queries(state.queries);
-    barriers.k_full[state.place.at].wait(state.place.phase);
-    multiply_scores(scores, state.queries, state.place.at);
+    const Place keys = of_keys(state.place);
+    barriers.k_full[keys.at].wait(keys.phase);
+    multiply_scores(scores, state.queries, keys.at);
     // Not before: a load from shared memory may be overtaken by an arrival that follows it, and by the copy of the next
     // tile's Q. Multiplies that are under way have their registers.
     if (kQueriesInRegisters) barriers.q_free[group].arrive();
@@ -542,7 +630,7 @@ struct Forward {
     hold(state.output.value);
     wgmma_wait<0>();
     hold(scores.value);
-    release_factors(share, state.place.at, key);
+    release_factors(share, keys.at, key);
     const bool far = scoring.modifier.apply(scores, tile.work.query_begin, key);
     if (!share.all_see(key)) share.template hide<IntRows>(p, tile, key, scores);
     state.softmax.raise_max(scores, scoring.modifier.scale_of_any(), rescale);
@@ -557,7 +645,7 @@ struct Forward {
   // under what remains.
   FA_DEVICE void release_factors(const Share& share, int stage, int key) {
     release_keys(barriers.k_free[stage]);
-    if (!kQueriesInRegisters && key + kN >= share.end) barriers.q_free[group].arrive();
+    if (!kQueriesInRegisters && key + stride() >= share.end) barriers.q_free[group].arrive();
   }
 
   // The next block's scores and their softmax, while the last block's values are multiplied.
@@ -566,14 +654,14 @@ struct Forward {
     Scores scores;
     Rows rescale;
     const Place last = state.place;
-    state.place.step(kStages);
-    const int stage = state.place.at;
-    barriers.k_full[stage].wait(state.place.phase);
-    multiply_scores(scores, state.queries, stage);
+    advance(state.place);
+    const Place keys = of_keys(state.place);
+    barriers.k_full[keys.at].wait(keys.phase);
+    multiply_scores(scores, state.queries, keys.at);
     multiply_values(state.output, state.probabilities, last.at);
     wgmma_wait<1>();
     hold(scores.value);
-    release_factors(share, stage, key);
+    release_factors(share, keys.at, key);
     bool moves = NEW_CHUNK || !kHurries;  // the reference of a row, if only perhaps
     bool far = false;                     // some scores, to the softcap
     if constexpr (kSoftcap) {

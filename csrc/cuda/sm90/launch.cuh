@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(K::kThreads, 1) run_blocks(const __grid_consta
 template <class K>
 class BlockLaunch {
  public:
-  BlockLaunch(int64_t blocks, int cluster, int shared_bytes, void* stream = nullptr) {
+  BlockLaunch(dim3 blocks, int cluster, int shared_bytes, void* stream = nullptr) {
     if (shared_bytes > 48 * 1024) {
       check(cudaFuncSetAttribute(kernel(), cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
             "reserving shared memory");
@@ -89,7 +89,7 @@ class BlockLaunch {
     }
     attribute_.id = cudaLaunchAttributeClusterDimension;
     attribute_.val.clusterDim = {unsigned(cluster), 1, 1};
-    config_.gridDim = dim3(unsigned(blocks));
+    config_.gridDim = blocks;
     config_.blockDim = dim3(K::kThreads);
     config_.dynamicSmemBytes = size_t(shared_bytes);
     config_.stream = static_cast<cudaStream_t>(stream);
@@ -119,7 +119,7 @@ class BlockLaunch {
 };
 
 template <class K>
-void launch_blocks(const typename K::Launched& launched, int64_t blocks, int cluster, int shared_bytes, void* stream) {
+void launch_blocks(const typename K::Launched& launched, dim3 blocks, int cluster, int shared_bytes, void* stream) {
   BlockLaunch<K>(blocks, cluster, shared_bytes, stream).run(launched);
 }
 

@@ -16,6 +16,13 @@ struct Place {
       phase ^= 1;
     }
   }
+  FA_DEVICE void skip(int count, int by) {
+    at += by;
+    if (at >= count) {
+      at -= count;
+      phase ^= 1;
+    }
+  }
 };
 
 }  // namespace sm90

@@ -48,6 +48,16 @@ struct KeyShare {
     const bool foreign = p.cu_seqlens_q != nullptr || p.seqused_k != nullptr || p.block_table != nullptr;
     values = foreign ? min_int(BLOCK_N, mask.len_k - (end - 1) / BLOCK_N * BLOCK_N) : BLOCK_N;
   }
+  // Of the blocks, every `groups`th from the `group`th on.
+  FA_DEVICE void deal(int group, int groups) {
+    const int blocks = ceil_div(end - begin, BLOCK_N);
+    if (group >= groups || group >= blocks) {
+      begin = end;
+      return;
+    }
+    if ((blocks - 1) % groups != group) values = BLOCK_N;
+    begin += group * BLOCK_N;
+  }
   FA_DEVICE bool has_keys() const { return begin < end; }
   FA_DEVICE bool all_see(int key) const { return key >= all_begin && key + BLOCK_N <= all_end; }
   FA_DEVICE bool has_chunks(const ForwardParams& p) const {

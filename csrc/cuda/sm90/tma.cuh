@@ -162,15 +162,30 @@ FA_DEVICE uint32_t cluster_rank() {
   return rank;
 }
 // All threads of the cluster that have not ended wait for each other, or say first that they have come.
-FA_DEVICE void arrive_at_cluster() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+template <bool ORDERS = true>  // memory accesses
+FA_DEVICE void arrive_at_cluster() {
+  if (ORDERS) {
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+  } else {
+    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+  }
+}
 FA_DEVICE void wait_for_cluster() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 FA_DEVICE void sync_cluster() {
   arrive_at_cluster();
   wait_for_cluster();
 }
-// To shared memory of any thread block of the cluster; others know of it after sync_cluster().
-FA_DEVICE void store_in_cluster(uint32_t address, float x, float y) {
-  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
+// To shared memory of any thread block of the cluster, counted on a barrier there.
+FA_DEVICE void store_in_cluster(uint32_t address, float2 x, uint32_t barrier) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(address),
+               "f"(x.x), "f"(x.y), "r"(barrier)
+               : "memory");
+}
+FA_DEVICE void store_in_cluster(uint32_t address, float4 x, uint32_t barrier) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address),
+      "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w), "r"(barrier)
+      : "memory");
 }
 
 // A named barrier of a thread block: `threads` wait for each other.

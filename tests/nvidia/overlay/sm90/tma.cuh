@@ -67,15 +67,17 @@ FA_DEVICE uint32_t cluster_address(uint32_t address, uint32_t rank) { return add
 FA_DEVICE void arrive_in_cluster(uint32_t barrier) {
   reinterpret_cast<Barrier*>(host::shared_memory(barrier))->arrive();
 }
+template <bool ORDERS = true>
 FA_DEVICE void arrive_at_cluster() { host::arrive_at_cluster(); }
 FA_DEVICE void wait_for_cluster() { host::wait_for_cluster(); }
 FA_DEVICE void sync_cluster() {
   arrive_at_cluster();
   wait_for_cluster();
 }
-FA_DEVICE void store_in_cluster(uint32_t address, float x, float y) {
-  const float both[2] = {x, y};
-  memcpy(host::shared_memory(address), both, 8);
+template <class T>
+FA_DEVICE void store_in_cluster(uint32_t address, T x, uint32_t barrier) {
+  memcpy(host::shared_memory(address), &x, sizeof x);
+  reinterpret_cast<Barrier*>(host::shared_memory(barrier))->complete(sizeof x);
 }
 
 enum class Keep { kUsual, kBriefly, kLong };
