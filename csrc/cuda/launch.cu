@@ -295,10 +295,10 @@ int choose_shares(const ForwardParams& p, const KernelInfo& kernel, int64_t bloc
   // Few queries wait for memory, and half of the multiprocessors take most of that.
   const bool has_few_queries = 2 * p.seqlen_q <= kernel.block_m;
   if (!kernel.persistent || has_few_queries) {
-    // Shares that need no Combine may be fewer, and of a single key block; half as many if they are soon done or, as in
-    // all but the widest heads, several warpgroups work at each.
+    // Shares that need no Combine may be fewer, and of a single key block: half as many if they are soon done, or if
+    // several warpgroups work at each, as for all but the widest heads. Pages take as many loading warps as may be.
     const int wanted = std::max(1, most(at_once)), folded = most_folded_shares(p, kernel);
-    const bool soon = key_blocks <= 16 * folded || p.head_dim <= 192;
+    const bool soon = key_blocks <= 16 * folded || (p.head_dim <= 192 && p.block_table == nullptr);
     const bool enough = 4 * folded >= 3 * wanted || (2 * folded >= wanted && soon);
     return enough && folded > 1 && key_blocks > 1 ? std::min(folded, key_blocks) : wanted;
   }

@@ -185,19 +185,19 @@ struct Forward {
   FA_DEVICE uint32_t q_address(int group) const { return shared_address(shared) + (kShares ? 0 : group * 64 * 128); }
   // Keys and values in turn where they have as many stages, else all stages of keys first.
   static constexpr bool kInTurn = kKeyStages == kStages;
-  static FA_DEVICE int k_offset(int stage) { return kQBytes + stage * (kInTurn ? 2 : 1) * kKBytes; }
-  static FA_DEVICE int v_offset(int stage) { return k_offset(stage) + (kInTurn ? 1 : kKeyStages) * kKBytes; }
-  FA_DEVICE uint32_t k_address(int stage) const { return shared_address(shared) + k_offset(stage); }
-  FA_DEVICE uint32_t v_address(int stage) const { return shared_address(shared) + v_offset(stage); }
+  static constexpr int kKStride = (kInTurn ? 2 : 1) * kKBytes, kVBehindK = (kInTurn ? 1 : kKeyStages) * kKBytes;
+  FA_DEVICE uint32_t k_address(int stage) const { return shared_address(shared) + kQBytes + stage * kKStride; }
+  FA_DEVICE uint32_t v_address(int stage) const { return k_address(stage) + kVBehindK; }
   // Where the keys are of the block whose values are at `place`.
-  static FA_DEVICE Place of_keys(const Place& place) {
-    return kInTurn ? place : Place{place.at % kKeyStages, uint32_t(place.at / kKeyStages)};
+  static FA_DEVICE int key_stage(const Place& place) { return kInTurn ? place.at : place.at % kKeyStages; }
+  static FA_DEVICE uint32_t key_phase(const Place& place) {
+    return kInTurn ? place.phase : uint32_t(place.at / kKeyStages);
   }
   static_assert(kInTurn || kStages == 2 * kKeyStages);
 
   FA_DEVICE void run() {
-    if (kShares) return run_share();
-    if (threadIdx.x == 0) init_barriers();
+    if constexpr (kShares) return run_share();
+    if (threadIdx.x == 0) init_barriers(pairs ? 2 * kWarps : kWarps);
     __syncthreads();
     if (pairs) sync_cluster();
     if (threadIdx.x >= kGroups * 128) {
@@ -210,18 +210,16 @@ struct Forward {
     if (pairs) sync_cluster();  // nobody writes to a thread block that has ended
   }
 
-  FA_DEVICE void init_barriers() {
-    const int readers = kShares ? 4 : pairs ? 2 * kWarps : kWarps;
+  // `readers`: warps that release a block of keys or values.
+  FA_DEVICE void init_barriers(int readers) {
     for (int group = 0; group < kGroups; ++group) {
       barriers.q_full[group].init(1);
       barriers.q_free[group].init(128);  // every lane that has read Q and the message
     }
     for (int stage = 0; stage < kStages; ++stage) {
-      if (stage < kKeyStages) {
-        barriers.k_full[stage].init(1);
-        barriers.k_free[stage].init(readers);
-      }
+      if (stage < kKeyStages) barriers.k_full[stage].init(1);
       barriers.v_full[stage].init(1);
+      if (stage < kKeyStages) barriers.k_free[stage].init(readers);
       barriers.v_free[stage].init(readers);
     }
     fence_barrier_init();
@@ -309,9 +307,9 @@ struct Forward {
       announce(turn);
       return following(tile);
     }
-    const int batch = p.cu_seqlens_q ? 0 : next.work.batch, head = next.work.head;
     const bool own_keys = kShares && p.heads_q == p.heads_kv;  // usually, as rows are heads; without a division
-    const int kv_head = own_keys ? head : head / (p.heads_q / p.heads_kv);
+    const int batch = p.cu_seqlens_q ? 0 : next.work.batch;
+    const int kv_head = own_keys ? next.work.head : next.work.head / (p.heads_q / p.heads_kv);
     uint32_t following = 0;
     // In pages, a lane for each box of rows.
     const bool paged = kPages || (kShares && p.block_table != nullptr);
@@ -320,8 +318,7 @@ struct Forward {
     PageBox box;
     if (paged) box = find_box(next.keys.begin);
     for (int key = next.keys.begin; key < next.keys.end; key += kN) {
-      const int row = int(next.seq.first_k) + key;
-      const Place keys = of_keys(place);
+      const int stage = key_stage(place), row = int(next.seq.first_k) + key;
       const auto load_keys = [&](const CUtensorMap& map, uint32_t dst, Barrier& full, Barrier& free, uint32_t phase) {
         free.wait(phase ^ 1);
         if (paged) {
@@ -331,7 +328,7 @@ struct Forward {
         }
       };
       if (!kShares && key + kN >= next.keys.end) following = this->following(tile);
-      load_keys(launched.k, k_address(keys.at), barriers.k_full[keys.at], barriers.k_free[keys.at], keys.phase);
+      load_keys(launched.k, k_address(stage), barriers.k_full[stage], barriers.k_free[stage], key_phase(place));
       if (key == next.keys.begin) load_queries(next, turn, batch);
       load_keys(launched.v, v_address(place.at), barriers.v_full[place.at], barriers.v_free[place.at], place.phase);
       if (paged) box = find_box(key + kN);
@@ -453,11 +450,10 @@ struct Forward {
 
   // To how many warpgroups the thread block's keys are dealt out.
   FA_DEVICE int dealt() const { return kDeals ? launched.dealt : 1; }
-  // From one of the warpgroup's blocks of keys to its next.
-  FA_DEVICE int stride() const { return dealt() * kN; }
-  FA_DEVICE void advance(Place& place) const {
+  // From one of the warpgroup's blocks to its next.
+  static FA_DEVICE void advance(Place& place, int dealt) {
     if (kDeals) {
-      place.skip(kStages, launched.dealt);
+      place.skip(kStages, dealt);
     } else {
       place.step(kStages);
     }
@@ -467,7 +463,7 @@ struct Forward {
   FA_DEVICE void run_share() {
     constexpr int kLoader = kGroups * 128;
     if (threadIdx.x == kLoader) prefetch_maps();
-    if (threadIdx.x == kLoader + 32) init_barriers();
+    if (threadIdx.x == kLoader + 32) init_barriers(4);  // a block is one warpgroup's
     const Tile tile(p, Work(0, int(rank), int(blockIdx.y), int(blockIdx.z)));
     const Exchange exchange(shared + kRoomAt, barriers.shares_full, tile.seq.len_q, p.head_dim,
                             p.num_splits, launched.shares_inverse, int(rank));
@@ -513,18 +509,18 @@ struct Forward {
     if (!tile.has_rows()) return;
     sync_named(1 + group, 128);  // all of the warpgroup have read the keys, in whose place its part is put
     if (group < dealt() && threadIdx.x % 128 < 32) {
-      exchange.keep(shared + k_offset(group), state.softmax, state.output);
+      exchange.keep(shared + kQBytes + group * kKStride, state.softmax, state.output);
     }
     sync_named(1 + kGroups, Lanes::kThreads);
     const int thread = int(threadIdx.x);
-    exchange.send(shared + k_offset(0), k_offset(1) - k_offset(0), dealt(), thread, Lanes::kThreads);
+    exchange.send(shared + kQBytes, kKStride, dealt(), thread, Lanes::kThreads);
     exchange.template fold<T>(p, tile.seq, tile.work.batch, tile.work.head, thread, Lanes::kThreads);
   }
 
   // All blocks of keys but the first.
   FA_DEVICE void walk(const Tile& tile, const Share& share, const Scoring& scoring, State& state) {
     int chunk_end = !kShares && share.has_chunks(p) ? (share.begin / p.split_size + 1) * p.split_size : share.end;
-    const int stride = this->stride();
+    const int stride = kDeals ? launched.dealt * kN : kN;
     for (int key = share.begin + stride; key < share.end;) {
       if (!kShares && key == chunk_end) {
         step<true, true>(tile, share, scoring, key, state);
@@ -548,14 +544,14 @@ struct Forward {
   // multiply, where 0 * NaN is NaN.
   FA_DEVICE void multiply_last(const Share& share, State& state) {
     const int stage = state.place.at;
-    if (share.values < kN) clear_rows<kPanels>(shared + v_offset(stage), kKPanel, share.values);
+    if (share.values < kN) clear_rows<kPanels>(shared + kQBytes + stage * kKStride + kVBehindK, kKPanel, share.values);
     multiply_values(state.output, state.probabilities, stage);
   }
   FA_DEVICE void await_last(State& state) {
     wgmma_wait<0>();
     hold(state.output.value);
     release_keys(barriers.v_free[state.place.at]);
-    advance(state.place);
+    advance(state.place, launched.dealt);
   }
 
   // The last values, the rows' results, where they may under the multiply, and the output.
@@ -620,9 +616,9 @@ struct Forward {
     Scores scores;
     Rows rescale;
     if (kQueriesInRegisters) take_queries(state.queries);
-    const Place keys = of_keys(state.place);
-    barriers.k_full[keys.at].wait(keys.phase);
-    multiply_scores(scores, state.queries, keys.at);
+    const int stage = key_stage(state.place);
+    barriers.k_full[stage].wait(key_phase(state.place));
+    multiply_scores(scores, state.queries, stage);
     // Not before: a load from shared memory may be overtaken by an arrival that follows it, and by the copy of the next
     // tile's Q. Multiplies that are under way have their registers.
     if (kQueriesInRegisters) barriers.q_free[group].arrive();
@@ -630,7 +626,7 @@ struct Forward {
     hold(state.output.value);
     wgmma_wait<0>();
     hold(scores.value);
-    release_factors(share, keys.at, key);
+    release_factors(share, stage, key);
     const bool far = scoring.modifier.apply(scores, tile.work.query_begin, key);
     if (!share.all_see(key)) share.template hide<IntRows>(p, tile, key, scores);
     state.softmax.raise_max(scores, scoring.modifier.scale_of_any(), rescale);
@@ -645,7 +641,7 @@ struct Forward {
   // under what remains.
   FA_DEVICE void release_factors(const Share& share, int stage, int key) {
     release_keys(barriers.k_free[stage]);
-    if (!kQueriesInRegisters && key + stride() >= share.end) barriers.q_free[group].arrive();
+    if (!kQueriesInRegisters && key + kN >= share.end) barriers.q_free[group].arrive();
   }
 
   // The next block's scores and their softmax, while the last block's values are multiplied.
@@ -654,14 +650,14 @@ struct Forward {
     Scores scores;
     Rows rescale;
     const Place last = state.place;
-    advance(state.place);
-    const Place keys = of_keys(state.place);
-    barriers.k_full[keys.at].wait(keys.phase);
-    multiply_scores(scores, state.queries, keys.at);
+    advance(state.place, launched.dealt);
+    const int stage = key_stage(state.place);
+    barriers.k_full[stage].wait(key_phase(state.place));
+    multiply_scores(scores, state.queries, stage);
     multiply_values(state.output, state.probabilities, last.at);
     wgmma_wait<1>();
     hold(scores.value);
-    release_factors(share, keys.at, key);
+    release_factors(share, stage, key);
     bool moves = NEW_CHUNK || !kHurries;  // the reference of a row, if only perhaps
     bool far = false;                     // some scores, to the softcap
     if constexpr (kSoftcap) {
