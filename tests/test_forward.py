@@ -57,6 +57,14 @@ def test_one_query_of_grouped_heads(device, dtype, name):
     check(q, k, v, **feature(name, q))
 
 
+@pytest.mark.parametrize("dim", [40, 64, 128, 192, 256])
+@pytest.mark.parametrize("keys, heads", [(300, (8, 2)), (5000, (32, 8)), (20000, (6, 3))])
+def test_one_query_of_many_keys(device, keys, heads, dim):
+    """A GPU may share them out among thread blocks, of which some have no columns of the output to fold."""
+    q, k, v = random_qkv(device, torch.bfloat16, 1, 1, keys, *heads, dim=dim)
+    check(q, k, v, causal=True)
+
+
 @pytest.mark.parametrize("lengths", [(0, 5), (5, 0), (0, 0)])
 @pytest.mark.parametrize("with_sink", [False, True])
 def test_no_rows_or_no_keys(device, lengths, with_sink):
