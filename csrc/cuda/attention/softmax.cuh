@@ -116,7 +116,8 @@ template <class Scalar>
 struct Chunk {
   Scalar max, sum, out;
 };
-// Of chunks load(0) to load(count - 1), in ascending order, eight of which are on their way at a time.
+// Of chunks load(0) to load(count - 1), in ascending order. Eight are on their way at a time: a decoding step has few
+// rows, and time only for latency.
 template <class Scalar, class Load>
 FA_DEVICE ChunkFold<Scalar> fold_chunks(int count, Load&& load) {
   constexpr int kAtOnce = 8;
